@@ -1,0 +1,58 @@
+"""Where threads are kept: a SQLite file by default, Postgres with Redis when both are named.
+
+`python -m agent_service.checkpoints` creates the tables; the agent itself never changes a shared schema.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from agentflow.core.state import AgentState
+from agentflow.storage.checkpointer import BaseCheckpointer, PgCheckpointer, SqliteCheckpointer
+
+from agent_service.settings import Settings, SettingsError, read_settings
+
+
+def choose_checkpointer(settings: Settings) -> BaseCheckpointer[AgentState]:
+    """Return the store the settings name, not yet connected.
+
+    Raises SettingsError if the packages it needs are not installed.
+    """
+    if settings.postgres_dsn is None:
+        _make_private(settings.database)
+        return SqliteCheckpointer[AgentState](settings.database)
+    try:
+        return PgCheckpointer[AgentState](postgres_dsn=settings.postgres_dsn, redis_url=settings.redis_url)
+    except ImportError as missing:
+        message = (
+            "AGENT_POSTGRES_DSN and AGENT_REDIS_URL are set, but asyncpg or redis is not installed: "
+            "install 10xscale-agentflow[pg_checkpoint]."
+        )
+        raise SettingsError(message) from missing
+
+
+async def set_up(checkpointer: BaseCheckpointer[AgentState]) -> None:
+    """Create the store's tables where they are absent; AgentFlow never does this for Postgres by itself."""
+    try:
+        await checkpointer.asetup()
+    finally:
+        await checkpointer.arelease()
+
+
+def _make_private(database: Path) -> None:
+    """Create the file and its directory for this user alone; SQLite gives its journals the file's mode."""
+    database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    database.touch(mode=0o600, exist_ok=True)
+
+
+def main() -> None:
+    """Set up the store that the environment names."""
+    try:
+        asyncio.run(set_up(choose_checkpointer(read_settings(os.environ))))
+    except SettingsError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -11,19 +11,19 @@ from pathlib import Path
 from agentflow.core.state import AgentState
 from agentflow.storage.checkpointer import BaseCheckpointer, PgCheckpointer, SqliteCheckpointer
 
-from agent_service.settings import Settings, SettingsError, read_settings
+from agent_service.settings import SettingsError, SqliteFile, Storage, read_storage
 
 
-def choose_checkpointer(settings: Settings) -> BaseCheckpointer[AgentState]:
-    """Return the store the settings name, not yet connected.
+def open_checkpointer(storage: Storage) -> BaseCheckpointer[AgentState]:
+    """Return AgentFlow's store for this place, not yet connected.
 
     Raises SettingsError if the packages it needs are not installed.
     """
-    if settings.postgres_dsn is None:
-        _make_private(settings.database)
-        return SqliteCheckpointer[AgentState](settings.database)
+    if isinstance(storage, SqliteFile):
+        _make_private(storage.path)
+        return SqliteCheckpointer[AgentState](storage.path)
     try:
-        return PgCheckpointer[AgentState](postgres_dsn=settings.postgres_dsn, redis_url=settings.redis_url)
+        return PgCheckpointer[AgentState](postgres_dsn=storage.dsn, redis_url=storage.redis_url)
     except ImportError as missing:
         message = (
             "AGENT_POSTGRES_DSN and AGENT_REDIS_URL are set, but asyncpg or redis is not installed: "
@@ -32,8 +32,12 @@ def choose_checkpointer(settings: Settings) -> BaseCheckpointer[AgentState]:
         raise SettingsError(message) from missing
 
 
-async def set_up(checkpointer: BaseCheckpointer[AgentState]) -> None:
-    """Create the store's tables where they are absent; AgentFlow never does this for Postgres by itself."""
+async def set_up(storage: Storage) -> None:
+    """Create the tables that are absent; on Postgres AgentFlow never does so by itself.
+
+    Raises SettingsError.
+    """
+    checkpointer = open_checkpointer(storage)
     try:
         await checkpointer.asetup()
     finally:
@@ -47,9 +51,9 @@ def _make_private(database: Path) -> None:
 
 
 def main() -> None:
-    """Set up the store that the environment names."""
+    """Set up the place that the environment names."""
     try:
-        asyncio.run(set_up(choose_checkpointer(read_settings(os.environ))))
+        asyncio.run(set_up(read_storage(os.environ)))
     except SettingsError as error:
         sys.exit(str(error))
 

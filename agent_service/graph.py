@@ -12,7 +12,7 @@ from agentflow.core.state import AgentState
 from agentflow.storage.checkpointer import BaseCheckpointer
 from agentflow.utils import END
 
-from agent_service.checkpoints import choose_checkpointer
+from agent_service.checkpoints import open_checkpointer
 from agent_service.models import TOOL_NODE, choose_model
 from agent_service.settings import SettingsError, read_settings
 from agent_service.tools import TOOLS
@@ -27,7 +27,7 @@ def app() -> CompiledGraph[AgentState]:
     """
     try:
         settings = read_settings(os.environ)
-        return build(choose_model(settings), choose_checkpointer(settings))
+        return build(choose_model(settings), open_checkpointer(settings.storage))
     except SettingsError as error:
         # The server prints what stops its start as a traceback, and sixty frames would bury the sentences.
         sys.tracebacklimit = 0

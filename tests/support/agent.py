@@ -12,7 +12,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import jwt
@@ -83,7 +82,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def internal_token(secret: str, user_id: str = "tester", **claims: Any) -> str:
+def internal_token(secret: str, user_id: str = "tester", **claims: object) -> str:
     """Sign the token the proxy would send for this user; `claims` are added or replaced."""
     return jwt.encode({"user_id": user_id, "exp": int(time.time()) + 60, **claims}, secret, algorithm="HS256")
 

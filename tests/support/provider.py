@@ -66,8 +66,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _complete(self, asked: dict[str, Any]) -> None:
         answer = _answer(asked)
         reason = "tool_calls" if "tool_calls" in answer else "stop"
-        choice = {"index": 0, "message": {"role": "assistant", "content": None, **answer}, "finish_reason": reason}
-        body = json.dumps({**_envelope(asked, "chat.completion"), "choices": [choice], "usage": USAGE}).encode()
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": None, **answer},
+            "finish_reason": reason,
+        }
+        body = json.dumps(
+            {**_envelope(asked, "chat.completion"), "choices": [choice], "usage": USAGE}
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -97,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _envelope(asked: dict[str, Any], kind: str) -> dict[str, Any]:
-    return {"id": "chatcmpl-stand-in", "object": kind, "created": 1, "model": asked["model"]}
+    return {"id": f"chatcmpl-{len(asked['messages'])}", "object": kind, "created": 1, "model": asked["model"]}
 
 
 def _answer(asked: dict[str, Any]) -> dict[str, Any]:

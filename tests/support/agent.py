@@ -87,6 +87,13 @@ def internal_token(secret: str, user_id: str = "tester", **claims: object) -> st
     return jwt.encode({"user_id": user_id, "exp": int(time.time()) + 60, **claims}, secret, algorithm="HS256")
 
 
+def ask(text: str, thread_id: str | None = None, **more: object) -> dict[str, object]:
+    """Make the body of an invoke or a stream in which the user says `text`; `more` adds to it."""
+    message = {"role": "user", "content": [{"type": "text", "text": text}]}
+    config = {} if thread_id is None else {"thread_id": thread_id}
+    return {"messages": [message], "config": config, **more}
+
+
 def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -70,6 +70,20 @@ def test_a_stream_passes_each_delta_on(client: httpx.Client, provider: Provider)
     assert (_text(rest[-1]), rest[-1]["delta"]) == ("I heard one two", False)
 
 
+def test_a_closed_stream_stops_the_provider(client: httpx.Client, provider: Provider) -> None:
+    """When the client leaves, the agent leaves the provider too, and no more words are paid for."""
+    provider.gate.clear()
+    with client.stream("POST", STREAM, json=ask("one two")) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        next(lines)
+
+    left = provider.abandoned.wait(timeout=20)
+
+    provider.gate.set()
+    assert left
+
+
 @pytest.mark.parametrize("operation", [INVOKE, STREAM])
 def test_the_provider_may_call_a_tool(client: httpx.Client, provider: Provider, operation: str) -> None:
     """The model is offered the tools, calls one through the graph, and is given the result."""

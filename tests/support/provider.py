@@ -4,6 +4,8 @@ It never decides anything: it repeats what the user said, or calls `add` when th
 """
 
 import json
+import select
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,12 +18,16 @@ USAGE = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """A running stand-in; clear `gate` to hold every stream after its first delta until it is set again."""
+    """A running stand-in; clear `gate` to hold every stream after its first delta until it is set again.
+
+    `abandoned` is set once a client has left a stream that was held.
+    """
 
     url: str
     requests: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     gate: threading.Event = field(default_factory=threading.Event)
+    abandoned: threading.Event = field(default_factory=threading.Event)
 
 
 @contextmanager
@@ -56,7 +62,7 @@ class _Handler(BaseHTTPRequestHandler):
         provider.requests.append(asked)
         provider.keys.append(self.headers["authorization"])
         if asked.get("stream"):
-            self._stream(asked, provider.gate)
+            self._stream(asked, provider)
         else:
             self._complete(asked)
 
@@ -80,17 +86,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def _stream(self, asked: dict[str, Any], gate: threading.Event) -> None:
+    def _stream(self, asked: dict[str, Any], provider: Provider) -> None:
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for delta in _deltas(_answer(asked)):
             self._send_chunk(asked, delta, None)
-            gate.wait(timeout=30)
+            while not provider.gate.wait(timeout=0.02):
+                if self._client_left():
+                    provider.abandoned.set()
+                    self.close_connection = True
+                    return
         self._send_chunk(asked, {}, "stop")
         self._send(b"data: [DONE]\n\n")
         self._send(b"")
+
+    def _client_left(self) -> bool:
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _send_chunk(self, asked: dict[str, Any], delta: dict[str, Any], reason: str | None) -> None:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}

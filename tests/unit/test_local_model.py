@@ -179,16 +179,22 @@ async def test_a_failure_beyond_the_answer_still_comes() -> None:
         await (await _reply("[words 1] [fail 5]")).invoke()
 
 
-@pytest.mark.parametrize("text", ["[wait 600s]", "[words 100000]", "[words 2] [pace 600s]"])
-async def test_a_cancelled_reply_stops(text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "spoken"), [("[wait 600s]", 0), ("[words 2] [pace 600s]", 1), ("[words 100000]", 1)]
+)
+async def test_a_cancelled_reply_stops(text: str, spoken: int) -> None:
     """Cancelling reaches the model before the first delta, between two, and without any pauses."""
-    task = asyncio.create_task((await _reply(text)).invoke())
+    heard: list[str] = []
+    task = asyncio.create_task(_hear(text, heard))
     await asyncio.sleep(0)
+    while len(heard) < spoken:  # noqa: ASYNC110  # one turn of the loop is one step of the reply
+        await asyncio.sleep(0)
 
     task.cancel()
 
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert len(heard) == spoken
 
 
 async def _answer_to(context: list[Message]) -> ModelResponseConverter:

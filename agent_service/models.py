@@ -73,9 +73,7 @@ class ReplyConverter(BaseConverter):
         pieces = []
         async for piece in response.speak():
             pieces.append(piece)
-            yield Message(
-                message_id=message_id, role="assistant", content=[TextBlock(text=piece)], delta=True
-            )
+            yield Message(message_id=message_id, role="assistant", content=[TextBlock(text=piece)], delta=True)
         yield _whole(response, "".join(pieces), message_id)
 
 

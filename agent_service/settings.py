@@ -91,9 +91,7 @@ def _storage_faults(given: Mapping[str, str]) -> list[str]:
 def _token_faults(given: Mapping[str, str]) -> list[str]:
     faults = []
     if len(given.get("JWT_SECRET_KEY", "").encode()) < SECRET_BYTES:
-        faults.append(
-            f"JWT_SECRET_KEY must be at least {SECRET_BYTES} bytes that only the proxy and this agent know."
-        )
+        faults.append(f"JWT_SECRET_KEY must be at least {SECRET_BYTES} bytes that only the proxy and this agent know.")
     # AgentFlow takes any algorithm by name, and checks the secret's size for the HMAC ones alone.
     if given.get("JWT_ALGORITHM") != "HS256":
         faults.append("JWT_ALGORITHM must be HS256.")

@@ -202,9 +202,7 @@ async def test_production_keeps_threads_apart_and_tokens_narrow(tmp_path: Path) 
         ({"AGENT_REDIS_URL": "redis://cache"}, "AGENT_POSTGRES_DSN is missing"),
     ],
 )
-def test_a_doubtful_environment_stops_the_start(
-    tmp_path: Path, environment: dict[str, str], sentence: str
-) -> None:
+def test_a_doubtful_environment_stops_the_start(tmp_path: Path, environment: dict[str, str], sentence: str) -> None:
     """The agent says in one sentence what is wrong, without a traceback, and exits."""
     with pytest.raises(AgentStoppedError) as stopped:
         start_agent(tmp_path, **environment)

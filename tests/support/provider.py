@@ -77,9 +77,7 @@ class _Handler(BaseHTTPRequestHandler):
             "message": {"role": "assistant", "content": None, **answer},
             "finish_reason": reason,
         }
-        body = json.dumps(
-            {**_envelope(asked, "chat.completion"), "choices": [choice], "usage": USAGE}
-        ).encode()
+        body = json.dumps({**_envelope(asked, "chat.completion"), "choices": [choice], "usage": USAGE}).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

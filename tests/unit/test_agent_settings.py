@@ -21,9 +21,7 @@ def test_defaults_need_nothing_but_the_token_settings() -> None:
     """The local model and a SQLite file are what one gets without asking."""
     settings = read_settings({**TOKENS, "AGENT_MODEL": "", "AGENT_DATABASE": " "})
 
-    assert settings == Settings(
-        model="local", base_url=None, storage=SqliteFile(Path(".agentflow/threads.sqlite"))
-    )
+    assert settings == Settings(model="local", base_url=None, storage=SqliteFile(Path(".agentflow/threads.sqlite")))
 
 
 @pytest.mark.parametrize(

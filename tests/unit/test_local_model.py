@@ -179,9 +179,7 @@ async def test_a_failure_beyond_the_answer_still_comes() -> None:
         await (await _reply("[words 1] [fail 5]")).invoke()
 
 
-@pytest.mark.parametrize(
-    ("text", "spoken"), [("[wait 600s]", 0), ("[words 2] [pace 600s]", 1), ("[words 100000]", 1)]
-)
+@pytest.mark.parametrize(("text", "spoken"), [("[wait 600s]", 0), ("[words 2] [pace 600s]", 1), ("[words 100000]", 1)])
 async def test_a_cancelled_reply_stops(text: str, spoken: int) -> None:
     """Cancelling reaches the model before the first delta, between two, and without any pauses."""
     heard: list[str] = []

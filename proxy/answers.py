@@ -1,0 +1,108 @@
+"""Reading one HTTP/1.1 answer, strictly: bytes in, head and body out, and every departure from the rules told.
+
+Pure (RFC 9112 through llhttp): opens nothing, waits for nothing, and never sees a second answer.
+"""
+
+from collections import deque
+from typing import Any, Final
+
+import httptools
+
+from proxy.errors import Problem, UpstreamMalformed
+from proxy.model import Headers
+
+MAX_HEAD_BYTES: Final = 65_536
+_BODYLESS: Final = frozenset({204, 304})
+_SWITCHING: Final = 101
+_FIRST_FINAL: Final = 200
+
+
+class Answer:
+    """One answer while it is being read. Its public attributes are for reading only."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: Headers = []
+        self.begun = False
+        """The final head is complete."""
+        self.complete = False
+        """The body is complete, by its own framing."""
+        self.surplus = False
+        """Bytes came after the end."""
+        self.persistent = False
+        """The sender means to keep the connection open."""
+        self.waiting = 0
+        """Bytes of body not yet taken."""
+        self._chunks: deque[bytes] = deque()
+        self._head_bytes = 0
+        self._parser: Any = httptools.HttpResponseParser(self)
+
+    def feed(self, data: bytes) -> None:
+        """Read on. Raises UpstreamMalformed when the bytes are no answer; what came before stays readable."""
+        if self.complete:
+            self.surplus = True
+            return
+        if not self.begun:
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as error:
+            raise UpstreamMalformed(reason="switched protocols") from error
+        except httptools.HttpParserError as error:
+            if not self.complete:
+                cause = error.__context__
+                raise (
+                    cause if isinstance(cause, Problem) else UpstreamMalformed(reason=type(error).__name__)
+                ) from error
+            self.surplus = True
+        if not self.begun and self._head_bytes > MAX_HEAD_BYTES:
+            raise UpstreamMalformed(reason="the head is too long")
+
+    def take(self) -> bytes:
+        """Give the bytes of body read and not yet taken; may be empty."""
+        taken = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self.waiting = 0
+        return taken
+
+    # What llhttp calls.
+
+    def on_message_begin(self) -> None:
+        if self.complete:
+            self.surplus = True
+            raise UpstreamMalformed(reason="a second answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status == _SWITCHING:
+            raise UpstreamMalformed(reason="switched protocols")
+        if status < _FIRST_FINAL:  # 100 Continue, 103 Early Hints: RFC 9110 §15.2
+            self.headers = []
+            return
+        if not is_framed(status, self.headers):
+            raise UpstreamMalformed(reason="neither one length nor chunks")
+        self.status = status
+        self.begun = True
+        self.persistent = self._parser.should_keep_alive()
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        self.waiting += len(body)
+
+    def on_message_complete(self) -> None:
+        self.complete = self.begun  # an informational answer is not the end
+
+
+def is_framed(status: int, headers: Headers) -> bool:
+    """Say whether an answer's end can be told from a cut: chunked, or exactly one length (RFC 9112 §6.3).
+
+    One that ends with its connection is refused, because cut off it would look complete.
+    """
+    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    lengths = [value for name, value in headers if name == b"content-length"]
+    if codings:
+        return codings == [b"chunked"] and not lengths
+    return status in _BODYLESS or (len(lengths) == 1 and lengths[0].isdigit())

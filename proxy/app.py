@@ -1,0 +1,119 @@
+"""The composition root: builds every room from the settings and puts them in order.
+
+Only wiring; decides nothing, and does no work at import.
+"""
+
+import hmac
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+
+from proxy import openapi
+from proxy.authentication import Authentication, Authenticator
+from proxy.keys import StaticKeyStore
+from proxy.limits import RateLimit
+from proxy.model import Lifecycle, Upstream
+from proxy.observability import Observability
+from proxy.relay import Relay
+from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
+from proxy.settings import Settings
+from proxy.tenancy import RunRules
+from proxy.tokens import InternalIdentity, TokenRules, TokenVerifier
+from proxy.upstream import Pool
+
+
+class Proxy(FastAPI):
+    """The FastAPI application, described by the operations table."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Give the OpenAPI document (FastAPI serves it)."""
+        return openapi.describe()
+
+
+def create_app(
+    settings: Settings,
+    *,
+    upstream: Upstream | None = None,
+    lifecycle: Lifecycle | None = None,
+    clock: Callable[[], float] = time.time,
+) -> FastAPI:
+    """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead."""
+    lifecycle = lifecycle or Lifecycle()
+    shown = settings.docs
+    app = Proxy(
+        title="agentflow-proxy",
+        docs_url="/docs" if shown else None,
+        openapi_url="/openapi.json" if shown else None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.router.routes += [
+        *health_routes(Live(), Ready(lifecycle)),
+        *routes(_phases(settings, upstream or _pool(settings), clock)),
+    ]
+    # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
+    inner = CanonicalPaths(AsyncExitStackMiddleware(app.router))
+    door = Authentication(
+        inner,
+        authenticator=Authenticator(tokens=_verifier(settings, clock), keys=StaticKeyStore(settings.api_keys)),
+        failures=RateLimit(settings.auth_failure_limit, "failures"),
+        lifecycle=lifecycle,
+    )
+    app.middleware_stack = Observability(
+        door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
+    )
+    return app
+
+
+def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
+    agent_secret = settings.agent_secret.get_secret_value()
+    return Phases(
+        rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
+        relay=Relay(upstream),
+        identity=InternalIdentity(
+            agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
+        ),
+        thread_secret=_thread_secret(settings),
+        new_name=lambda: uuid.uuid4().hex,
+        run_rules=RunRules(
+            allow_system=settings.allow_system_messages,
+            max_recursion=settings.max_recursion_limit,
+            standing_thread=settings.default_thread == "standing",
+        ),
+        body_rules=BodyRules(settings.max_body_bytes, settings.body_timeout_seconds),
+        run_deadlines=settings.run_deadlines(),
+        query_deadlines=settings.query_deadlines(),
+    )
+
+
+def _pool(settings: Settings) -> Pool:
+    return Pool(
+        settings.agent_url,
+        most=settings.pool_connections,
+        most_idle=settings.pool_idle_connections,
+        idle_seconds=settings.pool_idle_seconds,
+    )
+
+
+def token_rules(settings: Settings) -> TokenRules | None:
+    """Give what callers' tokens must satisfy; None when tokens are not configured."""
+    if settings.jwt_secret is None:
+        return None
+    secret = settings.jwt_secret.get_secret_value()
+    return TokenRules(secret, settings.jwt_issuer, settings.jwt_audience, settings.jwt_leeway_seconds)
+
+
+def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier | None:
+    rules = token_rules(settings)
+    return TokenVerifier(rules, clock) if rules is not None else None
+
+
+def _thread_secret(settings: Settings) -> bytes:
+    """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
+    if settings.thread_secret is not None:
+        return settings.thread_secret.get_secret_value().encode()
+    return hmac.digest(settings.agent_secret.get_secret_value().encode(), b"agentflow-proxy/thread-tag", "sha256")

@@ -1,0 +1,141 @@
+"""The command `agentflow-proxy`: serve, dev, check, operations, keys, token.
+
+Speaks to people; decides nothing that a request could meet.
+"""
+
+import argparse
+import json
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+
+from proxy import dev
+from proxy.app import token_rules
+from proxy.credentials import make_key, parse_key
+from proxy.keys import entry_text, parse_keys
+from proxy.operations import OPERATIONS, SCOPES
+from proxy.server import build, configure_logging, listen
+from proxy.settings import SettingsError, describe, load
+from proxy.tokens import issue_token
+
+_LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; give its exit status: 0 done, 1 refused, 2 not understood."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.command(options))
+    except SettingsError as error:
+        return _refuse(error.problems)
+    except KeyboardInterrupt:
+        return 0
+
+
+def serve(_: argparse.Namespace) -> int:
+    """Serve from the environment alone, until SIGTERM."""
+    settings = load(os.environ)
+    configure_logging(settings.log_level, sys.stdout)
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        return _refuse([f"PROXY_HOST, PROXY_PORT: {settings.host}:{settings.port} cannot be used: {error.strerror}"])
+    server = build(settings)
+    server.run(sockets=[listener])
+    return 0
+
+
+def check(_: argparse.Namespace) -> int:
+    """Print the effective settings, secrets masked; then every problem in them."""
+    settings = load(os.environ)
+    for name, value in describe(settings).items():
+        _say(f"{name}={'' if value is None else value}")
+    return 0
+
+
+def operations(_: argparse.Namespace) -> int:
+    """Print the table of what callers can reach."""
+    rows = [("METHOD", "PATH", "SCOPE"), *((row.method, row.path, row.scope) for row in OPERATIONS)]
+    width = max(len(path) for _, path, _ in rows)
+    for method, path, scope in rows:
+        _say(f"{method:<7} {path:<{width}} {scope}")
+    return 0
+
+
+def new_key(options: argparse.Namespace) -> int:
+    """Print a new key, once, and its entry for PROXY_API_KEYS_FILE."""
+    key = make_key(secrets.choice)
+    parts = parse_key(key)
+    assert parts is not None  # noqa: S101  we made it
+    entry = entry_text(name=options.name, key_id=parts.id, digest=parts.digest, scopes=options.scopes)
+    try:
+        parse_keys(entry)
+    except ValueError as error:
+        return _refuse([str(error)])
+    if options.json:
+        digest = f"sha256:{parts.id}:{parts.digest}"
+        told = {"key": key, "name": options.name, "digest": digest, "scopes": sorted(options.scopes), "entry": entry}
+        _say(json.dumps(told))
+    else:
+        _say(f"{key}\n\n{entry}".rstrip())
+    return 0
+
+
+def token(options: argparse.Namespace) -> int:
+    """Print a token that this deployment accepts."""
+    rules = token_rules(load(os.environ))
+    if rules is None:
+        return _refuse(["PROXY_JWT_SECRET: is required to sign a token"])
+    _say(issue_token(rules, subject=options.subject, scopes=options.scopes, now=time.time(), lifetime=options.expires))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="agentflow-proxy", description="The secure front door of an AgentFlow agent.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command, text in (
+        ("serve", serve, "serve, configured by PROXY_… variables"),
+        ("dev", lambda _: dev.run(os.environ), "run a local agent and the proxy before it"),
+        ("check", check, "print the settings and every problem in them"),
+        ("operations", operations, "print what callers can reach"),
+    ):
+        commands.add_parser(name, help=text, description=text).set_defaults(command=command)
+    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
+    made = keys.add_parser("new", help="print a new key and its entry for PROXY_API_KEYS_FILE")
+    made.add_argument("--name", required=True)
+    made.add_argument("--scopes", type=_scopes, default=SCOPES, help="separated by commas (all)")
+    made.add_argument("--json", action="store_true")
+    made.set_defaults(command=new_key)
+    signed = commands.add_parser("token", help="print a JWT signed with PROXY_JWT_SECRET")
+    signed.add_argument("--subject", required=True)
+    signed.add_argument("--scopes", type=_scopes, default=SCOPES, help="separated by commas (all)")
+    signed.add_argument("--expires", type=_seconds, default=600, metavar="10m", help="s, m, h or d (10m)")
+    signed.set_defaults(command=token)
+    return parser
+
+
+def _scopes(text: str) -> frozenset[str]:
+    scopes = frozenset(text.replace(",", " ").split())
+    if unknown := sorted(scopes - SCOPES):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(SCOPES))}")
+    return scopes
+
+
+def _seconds(text: str) -> int:
+    match = _LIFETIME.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError("must be a number and a unit, such as 10m")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _say(text: str) -> None:
+    print(text)
+
+
+def _refuse(problems: Sequence[str]) -> int:
+    print(*problems, sep="\n", file=sys.stderr)
+    return 1

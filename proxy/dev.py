@@ -1,0 +1,244 @@
+"""`agentflow-proxy dev`: a real agent and the proxy before it, on this machine, with credentials to try.
+
+For development only; its secrets stay in `.dev/`, which is nobody else's to read.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from proxy.credentials import make_key, parse_key
+from proxy.keys import entry_text
+from proxy.operations import SCOPES
+from proxy.server import build, configure_logging, listen
+from proxy.settings import PREFIX, Settings, SettingsError, load
+from proxy.tokens import TokenRules, issue_token
+
+DIRECTORY: Final = Path(".dev")
+HOST: Final = "127.0.0.1"
+JWT_LIFETIME: Final = 3600
+ISSUER: Final = "https://dev.agentflow-proxy.invalid"
+AUDIENCE: Final = "agentflow-proxy"
+AGENT_START_SECONDS: Final = 60
+AGENT_CONFIG: Final = Path(__file__).resolve().parent.parent / "agent_service" / "agentflow.json"
+
+
+@dataclass(frozen=True, slots=True)
+class DevSecrets:
+    """What is made on first use and kept for the next."""
+
+    agent_secret: str
+    thread_secret: str
+    jwt_secret: str
+    api_key: str
+
+
+def run(environment: Mapping[str, str]) -> int:
+    """Run both until Ctrl-C or SIGTERM; give the exit status."""
+    try:
+        port, agent_port = _port(environment, "PORT", 8000), _port(environment, "AGENT_PORT", 8001)
+    except ValueError as error:
+        return _refuse(str(error))
+    _make_private(DIRECTORY)
+    kept = _keep_secrets(DIRECTORY / "secrets.json")
+    try:
+        listener = listen(HOST, port)
+    except OSError as error:
+        return _refuse(f"port {port} of {HOST} cannot be used ({error.strerror}); choose another: make dev PORT=0")
+    agent_port = agent_port or _free_port()
+    base_url, agent_url = f"http://{HOST}:{listener.getsockname()[1]}", f"http://{HOST}:{agent_port}"
+    try:
+        settings = load(_proxy_environment(environment, kept, agent_url))
+    except SettingsError as error:
+        return _refuse(*error.problems)
+    with _agent(environment, kept, agent_port) as agent:
+        if not _wait_for(f"{agent_url}/ping", agent):
+            return _refuse(f"the agent did not start; see {DIRECTORY}/agent.log", *_tail(DIRECTORY / "agent.log"))
+        return _serve(settings, listener, agent, base_url=base_url, agent_url=agent_url, kept=kept)
+
+
+def _serve(
+    settings: Settings,
+    listener: socket.socket,
+    agent: subprocess.Popen[bytes],
+    *,
+    base_url: str,
+    agent_url: str,
+    kept: DevSecrets,
+) -> int:
+    rules = TokenRules(kept.jwt_secret, settings.jwt_issuer, settings.jwt_audience, 0)
+    token = issue_token(rules, subject="dev-user", scopes=SCOPES, now=time.time(), lifetime=JWT_LIFETIME)
+    credentials = {
+        "base_url": base_url,
+        "agent_url": agent_url,
+        "api_key": kept.api_key,
+        "jwt": token,
+        "jwt_secret": kept.jwt_secret,
+        "issuer": settings.jwt_issuer,
+        "audience": settings.jwt_audience,
+    }
+    _write_private(DIRECTORY / "credentials.json", json.dumps(credentials, indent=2) + "\n")
+    configure_logging(settings.log_level, sys.stderr)
+    server = build(settings, started=lambda: print(_greeting(base_url, kept.api_key, token), flush=True))
+    died = threading.Event()
+
+    def watch() -> None:
+        agent.wait()
+        if not server.should_exit:
+            died.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    server.run(sockets=[listener])
+    return _refuse("the agent stopped", *_tail(DIRECTORY / "agent.log")) if died.is_set() else 0
+
+
+def _greeting(base_url: str, api_key: str, token: str) -> str:
+    body = "-H 'Content-Type: application/json' -d"
+    stream = '{"text": "[words 20] [pace 100ms]", "thread_id": "demo"}'
+    return f"""\
+URL      {base_url}
+API key  {api_key}
+JWT      {token}
+
+Invoke, as a machine client:
+  curl -s {base_url}/agent/invoke -H 'X-API-Key: {api_key}' {body} '{{"text": "hi", "thread_id": "demo"}}'
+
+Stream, as a signed-in user:
+  curl -sN {base_url}/agent/stream -H 'Authorization: Bearer {token}' {body} '{stream}'
+
+Be refused, as anybody else:
+  curl -si {base_url}/agent/invoke {body} '{{"text": "hi"}}'
+
+The API: {base_url}/docs. Ctrl-C stops both.
+"""
+
+
+def _proxy_environment(environment: Mapping[str, str], kept: DevSecrets, agent_url: str) -> dict[str, str]:
+    """Give the proxy's settings: ours, unless the caller set them."""
+    parts = parse_key(kept.api_key)
+    assert parts is not None  # noqa: S101  we made it
+    ours = {
+        "PROXY_API_KEYS": entry_text(name="dev", key_id=parts.id, digest=parts.digest, scopes=SCOPES),
+        "PROXY_JWT_ISSUER": ISSUER,
+        "PROXY_JWT_AUDIENCE": AUDIENCE,
+        "PROXY_GRACE_SECONDS": "1",
+    }
+    fixed = {
+        "PROXY_AGENT_URL": agent_url,
+        "PROXY_AGENT_SECRET": kept.agent_secret,
+        "PROXY_THREAD_SECRET": kept.thread_secret,
+        "PROXY_JWT_SECRET": kept.jwt_secret,
+    }
+    theirs = {name: value for name, value in environment.items() if name.startswith(PREFIX)}
+    return ours | theirs | fixed
+
+
+@contextlib.contextmanager
+def _agent(environment: Mapping[str, str], kept: DevSecrets, port: int) -> Generator[subprocess.Popen[bytes]]:
+    """Run the agent in a process of its own; stop it at the end."""
+    own = {
+        "JWT_SECRET_KEY": kept.agent_secret,
+        "JWT_ALGORITHM": "HS256",
+        "JWT_ISSUER": "agentflow-proxy",
+        "JWT_AUDIENCE": "agentflow",
+        "AGENT_DATABASE": str((DIRECTORY / "threads.sqlite").resolve()),
+    }
+    inherited = {name: value for name, value in environment.items() if not name.startswith(PREFIX)}
+    command: list[str | Path] = [
+        Path(sys.executable).with_name("agentflow"),
+        "api",
+        "--no-reload",
+        "--host",
+        HOST,
+        "--port",
+        str(port),
+    ]
+    with (DIRECTORY / "agent.log").open("wb") as log:
+        process = subprocess.Popen(  # noqa: S603  our own command
+            [*command, "--config", AGENT_CONFIG],
+            env=inherited | own,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> bool:
+    deadline = time.monotonic() + AGENT_START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):  # noqa: S310  our own http URL
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _keep_secrets(path: Path) -> DevSecrets:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        kept = DevSecrets(**json.loads(path.read_text()))
+        if parse_key(kept.api_key) is not None:
+            return kept
+    agent, thread, jwt = (secrets.token_urlsafe(48) for _ in range(3))
+    kept = DevSecrets(agent, thread, jwt, api_key=make_key(secrets.choice))
+    _write_private(path, json.dumps({name: getattr(kept, name) for name in DevSecrets.__slots__}) + "\n")
+    return kept
+
+
+def _make_private(directory: Path) -> None:
+    directory.mkdir(mode=0o700, exist_ok=True)
+
+
+def _write_private(path: Path, text: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.fchmod(descriptor, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+
+
+def _port(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal() or int(text) > 65_535:  # noqa: PLR2004  the last port
+        raise ValueError(f"{name} must be a port, 0 to 65535")
+    return int(text)
+
+
+def _free_port() -> int:
+    with socket.create_server((HOST, 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def _tail(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()[-12:]
+
+
+def _refuse(*sentences: str) -> int:
+    print(*sentences, sep="\n", file=sys.stderr)
+    return 1

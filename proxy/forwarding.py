@@ -1,0 +1,92 @@
+"""What crosses, in each direction: the target, the headers, the internal identity.
+
+Pure. The upstream's headers are built from nothing but an allow-list; the client's credential is never on it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Final
+from urllib.parse import parse_qsl, quote, urlencode
+
+from proxy.authorization import Permit
+from proxy.errors import ClientProblem
+from proxy.model import Headers, UpstreamRequest
+
+UPWARD: Final = frozenset({b"accept", b"accept-language", b"traceparent", b"tracestate", b"user-agent"})
+"""The client's header fields that may cross to the sidecar."""
+HOP_BY_HOP: Final = frozenset(
+    {b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+     b"trailer", b"transfer-encoding", b"upgrade"}
+)  # fmt: skip
+"""RFC 9110 §7.6.1."""
+NOT_DOWNWARD: Final = HOP_BY_HOP | frozenset(
+    {b"date", b"server", b"set-cookie", b"x-request-id", b"www-authenticate", b"location", b"content-security-policy",
+     b"x-accel-redirect", b"x-accel-buffering", b"cache-control", b"alt-svc", b"strict-transport-security"}
+)  # fmt: skip
+"""The sidecar's fields that are about itself or steer what stands before us."""
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9_.:@=+/-]{1,128}")
+
+
+def request_id_of(headers: Headers) -> bytes | None:
+    """Give the client's request id if it sent exactly one that is safe to log and pass on."""
+    values = [value for name, value in headers if name == b"x-request-id"]
+    return values[0] if len(values) == 1 and _REQUEST_ID.fullmatch(values[0]) else None
+
+
+def request_upstream(
+    permit: Permit,
+    *,
+    parameters: Mapping[str, str],
+    query: bytes,
+    headers: Headers,
+    body: bytes,
+    identity: bytes,
+    request_id: bytes,
+) -> UpstreamRequest:
+    """Build what the sidecar will see of a permitted request.
+
+    `parameters` fill the row's upstream path; `query` is the raw query string, of which only the row's
+    names cross. Raises ClientProblem for a repeated or undecodable query parameter.
+    """
+    target = permit.operation.upstream
+    if parameters:
+        target = target.format_map({name: quote(value, safe="~") for name, value in parameters.items()})
+    if query and permit.operation.query:
+        target = f"{target}?{urlencode(client_query(query, permit.operation.query))}"
+    sent: Headers = [field for field in headers if field[0] in UPWARD]
+    sent += ((b"authorization", b"Bearer " + identity), (b"x-request-id", request_id))
+    if body:
+        sent.append((b"content-type", b"application/json"))
+    return UpstreamRequest(permit.operation.method.encode(), target.encode(), tuple(sent), body)
+
+
+def client_query(query: bytes, allowed: frozenset[str]) -> dict[str, str]:
+    """Read the `allowed` parameters of a raw query string; others are dropped.
+
+    Raises ClientProblem when one comes twice or is no UTF-8.
+    """
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict", max_num_fields=32)
+    except ValueError as error:
+        raise ClientProblem("The query string cannot be read.") from error
+    kept = [(name, value) for name, value in pairs if name in allowed]
+    if len(kept) != len(dict(kept)):
+        raise ClientProblem("A query parameter came twice.")
+    return dict(kept)
+
+
+def downstream_headers(headers: Headers) -> Headers:
+    """Give the fields of upstream's head that reach the client: not hop-by-hop, not about the sidecar itself.
+
+    Content codings and lengths stay as they are, since the bytes do. Caches and proxies on the way are told
+    to pass everything on at once.
+    """
+    named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
+    kept = [
+        field
+        for field in headers
+        if field[0] not in NOT_DOWNWARD and field[0] not in named and not field[0].startswith(b"access-control-")
+    ]
+    kept.append((b"cache-control", b"no-cache, no-transform"))
+    kept.append((b"x-accel-buffering", b"no"))
+    return kept

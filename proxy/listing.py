@@ -1,0 +1,74 @@
+"""A caller's own threads, out of whatever the sidecar lists: filtered by tag, then searched and paged here.
+
+Pure. The sidecar's checkpointers differ in whose threads they list, so nothing it lists is trusted.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pydantic_core
+
+from proxy.errors import ClientProblem, UpstreamMalformed
+from proxy.tenancy import SEPARATOR
+
+UPSTREAM_PAGE: Final = 1000
+"""The most that the sidecar gives at once."""
+MOST_PAGES: Final = 20
+_DEFAULT_LIMIT: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What the caller asked for; `search` is matched against every value of a thread, without case."""
+
+    search: str
+    offset: int
+    limit: int
+
+
+def page_of(query: dict[str, str]) -> Page:
+    """Read a page from query parameters. Raises ClientProblem for what is no count."""
+    return Page(
+        search=query.get("search", "").lower(),
+        offset=_count(query, "offset", 0, least=0),
+        limit=min(_count(query, "limit", _DEFAULT_LIMIT, least=1), UPSTREAM_PAGE),
+    )
+
+
+def _count(query: dict[str, str], name: str, default: int, *, least: int) -> int:
+    text = query.get(name)
+    if text is None:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= least):  # noqa: PLR2004  digits
+        raise ClientProblem(f"{name} must be a whole number of at least {least}.")
+    return int(text)
+
+
+def threads_of(answer: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Read the sidecar's listing: the whole answer, and the threads in it. Raises UpstreamMalformed."""
+    try:
+        value = pydantic_core.from_json(answer)
+        threads = value["data"]["threads"]
+        if not all(isinstance(thread["thread_id"], str | int) for thread in threads):
+            raise UpstreamMalformed(reason="a thread without an id")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UpstreamMalformed(reason="not a listing") from error
+    return value, threads
+
+
+def own(threads: list[dict[str, Any]], tag: str) -> list[dict[str, Any]]:
+    """Keep the threads whose ids carry `tag`."""
+    prefix = tag + SEPARATOR
+    return [thread for thread in threads if str(thread["thread_id"]).startswith(prefix)]
+
+
+def select(threads: list[dict[str, Any]], page: Page) -> list[dict[str, Any]]:
+    """Give the page of those threads that match its search."""
+    if page.search:
+        threads = [t for t in threads if any(page.search in str(value).lower() for value in t.values())]
+    return threads[page.offset : page.offset + page.limit]
+
+
+def encode_listing(answer: dict[str, Any], threads: list[dict[str, Any]]) -> bytes:
+    """Write the sidecar's answer with `threads` in the place of its own."""
+    return pydantic_core.to_json(answer | {"data": answer["data"] | {"threads": threads}})

@@ -1,0 +1,138 @@
+"""The values that travel along a request, and the Protocols of what they meet.
+
+Nothing here decides, acts or imports a library; every other room may import this one.
+"""
+
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Final, Protocol
+
+# ASGI 3.0 (asgi.readthedocs.io); values are open by specification.
+type Scope = MutableMapping[str, Any]
+type Message = MutableMapping[str, Any]
+type Receive = Callable[[], Awaitable[Message]]
+type Send = Callable[[Message], Awaitable[None]]
+type App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+type Headers = list[tuple[bytes, bytes]]
+"""Raw header fields: lower-case names, order and duplicates kept."""
+
+
+class CredentialKind(StrEnum):
+    """How a caller proved who he is."""
+
+    JWT = "jwt"
+    API_KEY = "api_key"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """A caller whose credential was proven.
+
+    `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
+    """
+
+    subject: str
+    name: str
+    namespace: str
+    scopes: frozenset[str]
+    kind: CredentialKind
+    tier: str = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class StaticKey:
+    """A stored API key: never the key itself, only its digest (SHA-256, hex)."""
+
+    id: str
+    name: str
+    digest: str
+    scopes: frozenset[str]
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one request so far; filled along its way, written as the access line at its end.
+
+    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out.
+    """
+
+    request_id: bytes
+    started: float
+    address: str
+    principal: Principal | None = None
+    operation: str = ""
+    status: int = 0
+    sent_bytes: int = 0
+    first_byte_at: float | None = None
+    end: str = "done"
+    reason: str = ""
+    fault: str = ""
+    answer_fields: Headers = field(default_factory=list)
+
+
+RECORD: Final = "agentflow_proxy.record"
+"""The key of a request's Record in its ASGI scope."""
+
+
+@dataclass(slots=True)
+class Lifecycle:
+    """Whether this process still takes new work."""
+
+    draining: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """A request as the sidecar will see it. `target` is the path with its query, percent-encoded."""
+
+    method: bytes
+    target: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """How long upstream may take, in seconds: to accept, to begin its answer, between bytes, in all."""
+
+    connect: float
+    first_byte: float
+    idle: float
+    total: float
+
+
+class Exchange(Protocol):
+    """One answer from upstream, its head read, its body still coming."""
+
+    @property
+    def status(self) -> int:
+        """The final status code, 200 to 599."""
+
+    @property
+    def headers(self) -> Headers:
+        """The head's fields, names in lower case."""
+
+    async def read(self) -> bytes:
+        """Give the bytes that have arrived, at least one; `b""` only at the true end.
+
+        Raises an upstream Problem when the answer was cut, broke the framing or missed a deadline.
+        """
+
+    def abandon(self, reason: Exception) -> None:
+        """Close upstream at once; a waiting `read` raises `reason`."""
+
+
+class Upstream(Protocol):
+    """Where requests are forwarded to."""
+
+    async def begin(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
+        """Send `request` and wait for the answer's head."""
+
+
+class KeyStore(Protocol):
+    """Where API keys are looked up."""
+
+    def find(self, key_id: str) -> StaticKey | None:
+        """Give the stored key with this id."""

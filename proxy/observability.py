@@ -1,0 +1,150 @@
+"""The outermost room: gives each request its id and Record, turns every error into an answer, writes the line.
+
+Runs for failed requests too. Never logs a credential, a prompt, a body or a query.
+"""
+
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from starlette.exceptions import HTTPException
+
+from proxy.errors import MethodNotAllowed, NotFound, Problem
+from proxy.forwarding import request_id_of
+from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, Send
+
+access_log: Final = logging.getLogger("agentflow_proxy.access")
+error_log: Final = logging.getLogger("agentflow_proxy.error")
+_CLOSE_POLICY: Final = 1008
+
+
+class Observability:
+    """ASGI middleware around everything else. Times come from `clock` (monotonic, seconds)."""
+
+    def __init__(
+        self,
+        app: App,
+        *,
+        clock: Callable[[], float],
+        new_id: Callable[[], str],
+        trusted_hops: int,
+    ) -> None:
+        self._app = app
+        self._clock = clock
+        self._new_id = new_id
+        self._trusted_hops = trusted_hops
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": _CLOSE_POLICY})  # no row of the table is one
+        elif scope["type"] != "http":
+            await self._app(scope, receive, send)
+        else:
+            await self._observe(scope, receive, send)
+
+    async def _observe(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers: Headers = scope["headers"]
+        request_id = request_id_of(headers) or self._new_id().encode()
+        address = client_address(scope["client"], headers, trusted_hops=self._trusted_hops)
+        record = scope[RECORD] = Record(request_id, self._clock(), address)
+
+        async def observed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                record.status = message["status"]
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id),
+                    *record.answer_fields,
+                ]
+            elif message["body"]:
+                if record.first_byte_at is None:
+                    record.first_byte_at = self._clock()
+                record.sent_bytes += len(message["body"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, observed)
+        except Problem as problem:
+            await self._answer(problem, scope, observed)
+        except HTTPException as error:  # what Starlette's router raises
+            await self._answer(_problem_of(error), scope, observed)
+        except Exception as error:  # noqa: BLE001  the process edge
+            fields = {"request_id": request_id.decode(), "error": place_of(error)}
+            error_log.error("request.failed", extra={"fields": fields})  # noqa: TRY400  see place_of
+            await self._answer(Problem(reason=type(error).__name__), scope, observed)
+        except BaseException:
+            record.end = "shutdown"
+            raise
+        finally:
+            self._write_line(scope, record)
+
+    async def _answer(self, problem: Problem, scope: Scope, send: Send) -> None:
+        """Send the problem if nothing was sent yet; else leave the answer cut, which is what it is."""
+        record: Record = scope[RECORD]
+        record.end, record.reason, record.fault = problem.code, problem.reason, problem.fault
+        if record.status:
+            return
+        if problem.status == 499:  # noqa: PLR2004  nobody is there
+            record.status = 499
+            return
+        own = problem.headers()
+        named = {name for name, _ in own}
+        record.answer_fields = [field for field in record.answer_fields if field[0] not in named]
+        body = problem.body(instance=scope["path"], request_id=record.request_id.decode())
+        head = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
+        head.append((b"cache-control", b"no-store"))
+        await send({"type": "http.response.start", "status": problem.status, "headers": head + own})
+        await send({"type": "http.response.body", "body": body, "more_body": False})
+
+    def _write_line(self, scope: Scope, record: Record) -> None:
+        now = self._clock()
+        fields: dict[str, object] = {
+            "request_id": record.request_id.decode(),
+            "client": record.address,
+            "principal": record.principal.name if record.principal is not None else None,
+            "credential": record.principal.kind if record.principal is not None else None,
+            "operation": record.operation or None,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": record.status,
+            "bytes": record.sent_bytes,
+            "duration_ms": round((now - record.started) * 1000, 3),
+            "first_byte_ms": None,
+            "end": record.end,
+        }
+        if record.first_byte_at is not None:
+            fields["first_byte_ms"] = round((record.first_byte_at - record.started) * 1000, 3)
+        if record.fault:
+            fields |= {"fault": record.fault, "reason": record.reason}
+        access_log.info("request.finished", extra={"fields": fields})
+
+
+def client_address(peer: tuple[str, int] | None, headers: Headers, *, trusted_hops: int) -> str:
+    """Give the client's address: the peer's, or the X-Forwarded-For entry that the last trusted hop wrote.
+
+    Counts from the right, since whatever stands further left the client may have made up. With fewer
+    entries than trusted hops the request came round them, and the peer itself is meant.
+    """
+    own = peer[0] if peer is not None else "unknown"
+    if trusted_hops == 0:
+        return own
+    written = b",".join(value for name, value in headers if name == b"x-forwarded-for")
+    entries = [entry.strip() for entry in written.split(b",") if entry.strip()]
+    if len(entries) < trusted_hops:
+        return own
+    return entries[-trusted_hops].decode("latin-1")[:64]
+
+
+def _problem_of(error: HTTPException) -> Problem:
+    if error.status_code == 405:  # noqa: PLR2004  Method Not Allowed
+        return MethodNotAllowed((error.headers or {}).get("Allow", ""))
+    return NotFound()
+
+
+def place_of(error: BaseException) -> str:
+    """Give the error's type and where it was raised: its text may hold what a caller sent, so it is not logged."""
+    frame = next(reversed(traceback.extract_tb(error.__traceback__)), None)
+    where = f" at {Path(frame.filename).name}:{frame.lineno} in {frame.name}" if frame is not None else ""
+    return type(error).__name__ + where

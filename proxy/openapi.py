@@ -1,0 +1,120 @@
+"""The OpenAPI page, made from the operations table, with both security schemes and examples that work.
+
+Pure; describes what the routes do and never adds one.
+"""
+
+from typing import Any, Final
+
+from proxy.operations import OPERATIONS, PAGING, Kind, Operation
+
+_TEXT: Final = {"type": "string"}
+_EXAMPLES: Final = {
+    "short": {"summary": "The short form", "value": {"text": "hi", "thread_id": "support-42"}},
+    "full": {
+        "summary": "AgentFlow's own request",
+        "value": {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+            "config": {"thread_id": "support-42"},
+            "recursion_limit": 25,
+            "response_granularity": "low",
+        },
+    },
+}
+_CONTROL_EXAMPLES: Final = {"stop": {"summary": "Stop a run", "value": {"thread_id": "support-42"}}}
+_PROBLEM: Final = {
+    "type": "object",
+    "required": ["type", "title", "status", "code", "request_id"],
+    "properties": {
+        "type": _TEXT,
+        "title": _TEXT,
+        "status": {"type": "integer"},
+        "detail": _TEXT,
+        "instance": _TEXT,
+        "code": _TEXT,
+        "request_id": _TEXT,
+        "violated-policies": {"type": "array", "items": _TEXT},
+    },
+}
+_REFUSALS: Final = {
+    400: "The request or its credential is malformed",
+    401: "No credential, or none that is valid",
+    403: "The credential lacks the scope",
+    404: "No such thread of the caller's",
+    413: "The body is too large",
+    422: "The body is not valid",
+    429: "The quota is spent",
+    502: "The agent cannot be reached",
+    503: "Shutting down, or overloaded",
+    504: "The agent did not answer in time",
+}
+
+
+def describe() -> dict[str, Any]:
+    """Give the OpenAPI 3.1 document."""
+    paths: dict[str, dict[str, Any]] = {}
+    for row in OPERATIONS:
+        paths.setdefault(row.path, {})[row.method.lower()] = _operation(row)
+    for name, meaning in (("live", "This process runs"), ("ready", "This process takes new work")):
+        answers = {"200": {"description": meaning}}
+        paths[f"/health/{name}"] = {
+            "get": {"summary": meaning, "tags": ["health"], "security": [], "responses": answers}
+        }
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "agentflow-proxy",
+            "version": "1",
+            "description": "The secure front door of an AgentFlow agent server.",
+        },
+        "paths": paths,
+        "security": [{"bearer": []}, {"apiKey": []}],
+        "components": {
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"},
+                "apiKey": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            },
+            "schemas": {"Problem": _PROBLEM},
+        },
+    }
+
+
+def _operation(row: Operation) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "operationId": f"{row.method.lower()}{row.path.replace('/', '_').replace('{', '').replace('}', '')}",
+        "summary": row.summary,
+        "description": f"Needs the scope `{row.scope}`.",
+        "tags": [row.path.split("/")[2] if row.kind in (Kind.RUN, Kind.PLAIN) else "threads"],
+        "parameters": [*_path_parameters(row), *_query_parameters(row)],
+        "responses": {
+            "200": _answer(row),
+            **{str(status): _refusal(text) for status, text in _REFUSALS.items()},
+        },
+    }
+    if row.kind in (Kind.RUN, Kind.CONTROL):
+        examples = _EXAMPLES if row.kind is Kind.RUN else _CONTROL_EXAMPLES
+        content = {"application/json": {"schema": {"type": "object"}, "examples": examples}}
+        described["requestBody"] = {"required": True, "content": content}
+    return described
+
+
+def _path_parameters(row: Operation) -> list[dict[str, Any]]:
+    names = [part[1:-1] for part in row.path.split("/") if part.startswith("{")]
+    return [{"name": name, "in": "path", "required": True, "schema": _TEXT} for name in names]
+
+
+def _query_parameters(row: Operation) -> list[dict[str, Any]]:
+    counts = PAGING - {"search"}
+    return [
+        {"name": name, "in": "query", "schema": {"type": "integer"} if name in counts else _TEXT}
+        for name in sorted(row.query)
+    ]
+
+
+def _answer(row: Operation) -> dict[str, Any]:
+    media = "text/event-stream" if row.name == "stream" else "application/json"
+    return {"description": "The agent's answer, byte for byte", "content": {media: {"schema": {}}}}
+
+
+def _refusal(text: str) -> dict[str, Any]:
+    reference = {"$ref": "#/components/schemas/Problem"}
+    return {"description": text, "content": {"application/problem+json": {"schema": reference}}}

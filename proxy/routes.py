@@ -1,0 +1,201 @@
+"""What a client can reach: each kind of operation is its phases, spelled out in the order they run.
+
+Holds no policy of its own; nothing is reachable that is not a row of the operations table.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlencode
+
+from starlette.routing import Route
+
+from proxy.authorization import Permit, authorize
+from proxy.errors import NotFound
+from proxy.forwarding import client_query, request_upstream
+from proxy.limits import RateLimit
+from proxy.listing import MOST_PAGES, UPSTREAM_PAGE, encode_listing, own, page_of, select, threads_of
+from proxy.model import RECORD, App, Deadlines, Lifecycle, Principal, Receive, Record, Scope, Send, UpstreamRequest
+from proxy.operations import OPERATIONS, Kind, Operation, is_canonical
+from proxy.relay import Relay, read_body
+from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
+from proxy.tokens import InternalIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class BodyRules:
+    """How a request body is read: at most `most` bytes within `seconds`."""
+
+    most: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """The phases of every operation, with what they need; one method for each kind of operation."""
+
+    rate: RateLimit
+    relay: Relay
+    identity: InternalIdentity
+    thread_secret: bytes
+    new_name: Callable[[], str]
+    run_rules: RunRules
+    body_rules: BodyRules
+    run_deadlines: Deadlines
+    query_deadlines: Deadlines
+
+    async def run(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read and bind a run, then relay its answer."""
+        raw = await self._read(scope, receive)
+        body, _ = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        request = self._upstream(permit, scope, body=body)
+        await self.relay.relay(request, self.run_deadlines, receive, send)
+
+    async def control(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read and bind what acts on a thread, then relay its answer."""
+        raw = await self._read(scope, receive)
+        body, _ = bind_control(raw, tag=tag)
+        request = self._upstream(permit, scope, body=body)
+        await self.relay.relay(request, self.query_deadlines, receive, send)
+
+    async def thread(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Bind the thread of the path, then relay the answer about it."""
+        parameters = bind_parameters(scope["path_params"], tag)
+        body = b"{}" if permit.operation.method == "DELETE" else b""  # the sidecar wants an object
+        request = self._upstream(permit, scope, parameters=parameters, query=scope["query_string"], body=body)
+        await self.relay.relay(request, self.query_deadlines, receive, send)
+
+    async def plain(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  one signature for all kinds
+        """Relay the answer to what concerns no thread."""
+        request = self._upstream(permit, scope)
+        await self.relay.relay(request, self.query_deadlines, receive, send)
+
+    async def listing(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Gather the caller's own threads, and answer with the page of them that was asked for."""
+        page = page_of(client_query(scope["query_string"], permit.operation.query))
+        answer: dict[str, Any] = {}
+        threads: list[dict[str, Any]] = []
+        for number in range(MOST_PAGES):
+            window = {"search": tag, "offset": number * UPSTREAM_PAGE, "limit": UPSTREAM_PAGE}
+            request = self._upstream(permit, scope, query=urlencode(window).encode())
+            status, body = await self.relay.collect(request, self.query_deadlines, receive)
+            if status != 200:  # noqa: PLR2004  OK
+                return await _respond(send, status, body)
+            answer, listed = threads_of(body)
+            threads += own(listed, tag)
+            if len(listed) < UPSTREAM_PAGE:
+                break
+        return await _respond(send, 200, encode_listing(answer, select(threads, page)))
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        rules = self.body_rules
+        return await read_body(scope["headers"], receive, most=rules.most, seconds=rules.seconds)
+
+    def _upstream(
+        self,
+        permit: Permit,
+        scope: Scope,
+        *,
+        parameters: Mapping[str, str] | None = None,
+        query: bytes = b"",
+        body: bytes = b"",
+    ) -> UpstreamRequest:
+        record: Record = scope[RECORD]
+        return request_upstream(
+            permit,
+            parameters=parameters or {},
+            query=query,
+            headers=scope["headers"],
+            body=body,
+            identity=self.identity.token(permit.principal),
+            request_id=record.request_id,
+        )
+
+
+type Phase = Callable[[Permit, str, Scope, Receive, Send], Awaitable[None]]
+
+
+class Endpoint:
+    """An ASGI endpoint for one row of the table: authorize, charge, then the phases of its kind."""
+
+    def __init__(self, operation: Operation, phases: Phases) -> None:
+        self._operation = operation
+        self._phases = phases
+        kinds: dict[Kind, Phase] = {
+            Kind.RUN: phases.run,
+            Kind.CONTROL: phases.control,
+            Kind.THREAD: phases.thread,
+            Kind.LISTING: phases.listing,
+            Kind.PLAIN: phases.plain,
+        }
+        self._perform = kinds[operation.kind]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record: Record = scope[RECORD]
+        principal: Principal | None = record.principal
+        if principal is None:
+            raise NotFound  # absence is refusal, though the door let nobody else through
+        record.operation = self._operation.name
+        permit = authorize(principal, self._operation)
+        tag = tag_of(principal.namespace, self._phases.thread_secret)
+        record.answer_fields = self._phases.rate.spend(tag, self._operation.cost)
+        await self._perform(permit, tag, scope, receive, send)
+
+
+class CanonicalPaths:
+    """ASGI middleware: a path written any other way than ours leads nowhere, whatever it would decode to."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not is_canonical(scope["raw_path"], scope["path"]):
+            raise NotFound
+        await self._app(scope, receive, send)
+
+
+class ExactRoute(Route):
+    """A route that answers the methods of its row and no others: Starlette adds HEAD to GET."""
+
+    def __init__(self, path: str, endpoint: Endpoint, method: str) -> None:
+        super().__init__(path, endpoint, methods=[method], include_in_schema=False)
+        self.methods = {method}
+
+
+def routes(phases: Phases) -> list[Route]:
+    """Give one route for each row of the operations table."""
+    return [ExactRoute(row.path, Endpoint(row, phases), row.method) for row in OPERATIONS]
+
+
+class Live:
+    """An ASGI endpoint: this process runs."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  ASGI
+        await _respond(send, 200, b'{"status":"live"}')
+
+
+class Ready:
+    """An ASGI endpoint: this process takes new work, or 503 while it drains."""
+
+    def __init__(self, lifecycle: Lifecycle) -> None:
+        self._lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  ASGI
+        if self._lifecycle.draining:
+            await _respond(send, 503, b'{"status":"draining"}')
+        else:
+            await _respond(send, 200, b'{"status":"ready"}')
+
+
+def health_routes(live: Live, ready: Ready) -> list[Route]:
+    """Give the routes that need no credential and are never limited."""
+    return [
+        Route("/health/live", live, methods=["GET"], include_in_schema=False),
+        Route("/health/ready", ready, methods=["GET"], include_in_schema=False),
+    ]
+
+
+async def _respond(send: Send, status: int, body: bytes) -> None:
+    head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,115 @@
+"""Serving the app: uvicorn with our signals, our drain, and logs that are one JSON object a line.
+
+Knows nothing of requests; ends with status 0 after SIGTERM or SIGINT, answers finished or their grace over.
+"""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Final, TextIO, override
+
+import uvicorn
+
+from proxy.app import create_app
+from proxy.model import Lifecycle
+from proxy.observability import place_of
+from proxy.settings import Settings
+
+KEEP_ALIVE_SECONDS: Final = 75
+"""Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
+_EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, event, and the record's fields."""
+
+    @override
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        if record.exc_info is not None and record.exc_info[1] is not None:
+            line["error"] = place_of(record.exc_info[1])
+        return json.dumps(line | getattr(record, "fields", {}), separators=(",", ":"))
+
+
+def configure_logging(level: str, stream: TextIO) -> None:
+    """Send every logger's lines to `stream`, from `level` up."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logging.raiseExceptions = False  # a log that cannot be written stops nothing
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    server = logging.getLogger("uvicorn.error")
+    server.setLevel(max(logging.WARNING, root.level))
+    # A cut answer is left cut on purpose; its access line says why.
+    server.addFilter(lambda record: record.msg not in _EXPECTED)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server: it drains on the first signal, and tells when it listens."""
+
+    def __init__(
+        self, config: uvicorn.Config, *, lifecycle: Lifecycle, started: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(config)
+        self._lifecycle = lifecycle
+        self._started = started
+
+    @contextmanager
+    @override
+    def capture_signals(self) -> Generator[None]:
+        # uvicorn would raise the signal once more at the end, and the process would not end with 0.
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.drain)
+        try:
+            yield
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+
+    def drain(self) -> None:
+        """Take no new work, and stop when what runs has finished; at the second call, stop at once."""
+        self.force_exit = self._lifecycle.draining
+        self._lifecycle.draining = True
+        self.should_exit = True
+
+    @override
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._started is not None and not self.should_exit:
+            self._started()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a listening socket; port 0 is a free one. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=2048)
+
+
+def build(settings: Settings, *, started: Callable[[], None] | None = None) -> Server:
+    """Build the server for `settings`."""
+    lifecycle = Lifecycle()
+    config = uvicorn.Config(
+        create_app(settings, lifecycle=lifecycle),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=round(settings.grace_seconds),
+    )
+    return Server(config, lifecycle=lifecycle, started=started)

@@ -1,0 +1,206 @@
+"""What an operator can set: `PROXY_…` variables, each secret also as `…_FILE`; checked whole, at once, at start.
+
+Reads the environment it is given and the files that it names; nothing else, and never later.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
+
+import limits
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from proxy.keys import parse_keys
+from proxy.model import Deadlines, StaticKey
+
+PREFIX: Final = "PROXY_"
+MIN_SECRET_BYTES: Final = 32
+SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys"})
+
+type Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class SettingsError(Exception):
+    """The environment cannot be served from; `problems` has one sentence for each fault."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def _secret(value: object) -> object:
+    if isinstance(value, str) and len(value.encode()) < MIN_SECRET_BYTES:
+        raise ValueError(f"must have at least {MIN_SECRET_BYTES} bytes; make one with: openssl rand -base64 48")
+    return value
+
+
+def _rate(value: str) -> str:
+    if value != "off":
+        try:
+            limits.parse_many(value)
+        except ValueError as error:
+            raise ValueError("must be `off` or amounts per window, such as 60/minute or 10/second;1000/day") from error
+    return value
+
+
+type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+type Rate = Annotated[str, Field(description="amount/window; off")]
+
+
+class Settings(BaseModel):
+    """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: a free one")] = 8000
+    agent_url: Annotated[str, Field(description="where the sidecar listens")] = "http://127.0.0.1:8001"
+    agent_secret: Annotated[Secret, Field(description="signs the internal token; the sidecar's JWT_SECRET_KEY")]
+    agent_issuer: Annotated[str, Field(min_length=1, description="the internal token's iss")] = "agentflow-proxy"
+    agent_audience: Annotated[str, Field(min_length=1, description="the internal token's aud")] = "agentflow"
+    thread_secret: Annotated[
+        Secret | None, Field(description="keys the thread tags; unset: derived from the agent secret")
+    ] = None
+    jwt_secret: Annotated[Secret | None, Field(description="verifies callers' tokens (HS256)")] = None
+    jwt_issuer: Annotated[str | None, Field(min_length=1, description="the iss every token must have")] = None
+    jwt_audience: Annotated[str | None, Field(min_length=1, description="the aud every token must have")] = None
+    jwt_leeway_seconds: Annotated[float, Field(ge=0, le=300, description="clock skew forgiven")] = 10
+    api_keys: Annotated[tuple[StaticKey, ...], Field(description="[[keys]] in TOML")] = ()
+    rate_limit: Annotated[Rate, Field(description="per caller")] = "60/minute"
+    auth_failure_limit: Annotated[Rate, Field(description="failed credentials per address")] = "20/minute"
+    legacy_rate_headers: Annotated[bool, Field(description="send X-RateLimit-… too")] = False
+    max_body_bytes: Annotated[int, Field(ge=1024, le=64 << 20, description="largest request body")] = 1 << 20
+    body_timeout_seconds: Annotated[Seconds, Field(description="for the whole request body")] = 30
+    allow_system_messages: Annotated[bool, Field(description='let callers send role "system"')] = False
+    max_recursion_limit: Annotated[int, Field(ge=1, le=100, description="largest recursion_limit")] = 50
+    default_thread: Annotated[
+        Literal["new", "standing"],
+        Field(description="who names no thread gets a new one, or always the same"),
+    ] = "new"
+    connect_timeout_seconds: Annotated[Seconds, Field(description="for the sidecar to accept")] = 3
+    first_byte_timeout_seconds: Annotated[Seconds, Field(description="for a run's answer to begin")] = 660
+    idle_timeout_seconds: Annotated[Seconds, Field(description="between a run's bytes")] = 660
+    total_timeout_seconds: Annotated[Seconds, Field(description="for a whole run")] = 3600
+    query_timeout_seconds: Annotated[Seconds, Field(description="for every answer that is not a run")] = 30
+    pool_connections: Annotated[int, Field(ge=1, le=65_536, description="most upstream connections")] = 4096
+    pool_idle_connections: Annotated[int, Field(ge=0, le=65_536, description="most kept alive while idle")] = 64
+    pool_idle_seconds: Annotated[
+        Seconds, Field(description="idle connections are closed after this; less than the sidecar's 2 to 5 s")
+    ] = 1.5
+    trusted_hops: Annotated[int, Field(ge=0, le=16, description="proxies before us that set X-Forwarded-For")] = 0
+    grace_seconds: Annotated[
+        float, Field(ge=0, le=3600, description="running answers may take this long after SIGTERM")
+    ] = 30
+    docs: Annotated[bool, Field(description="serve /docs and /openapi.json")] = True
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level logged")] = "info"
+
+    @field_validator("agent_url")
+    @classmethod
+    def _is_origin(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or "@" in value:
+            raise ValueError("must be http://host:port, without a path")
+        return value.rstrip("/")
+
+    @field_validator("rate_limit", "auth_failure_limit")
+    @classmethod
+    def _is_rate(cls, value: str) -> str:
+        return _rate(value)
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _are_keys(cls, value: object) -> object:
+        return parse_keys(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _someone_can_call(self) -> Self:
+        if self.jwt_secret is None and not self.api_keys:
+            raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE, or both")
+        secrets = [
+            s.get_secret_value() for s in (self.agent_secret, self.jwt_secret, self.thread_secret) if s is not None
+        ]
+        if len(secrets) != len(set(secrets)):
+            raise ValueError("PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
+        return self
+
+    def run_deadlines(self) -> Deadlines:
+        """Give the deadlines of invoke and stream."""
+        return Deadlines(
+            self.connect_timeout_seconds,
+            self.first_byte_timeout_seconds,
+            self.idle_timeout_seconds,
+            self.total_timeout_seconds,
+        )
+
+    def query_deadlines(self) -> Deadlines:
+        """Give the deadlines of everything else."""
+        limit = self.query_timeout_seconds
+        return Deadlines(min(self.connect_timeout_seconds, limit), limit, limit, limit)
+
+
+def load(environment: Mapping[str, str]) -> Settings:
+    """Read the settings from `environment`. Raises SettingsError with every problem in it.
+
+    An empty value counts as unset. A `PROXY_` name that is no setting is a problem: it is a misspelling.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for variable in sorted(environment):
+        name = variable.removeprefix(PREFIX).lower()
+        if not variable.startswith(PREFIX) or not environment[variable]:
+            continue
+        if (secret := name.removesuffix("_file")) != name and secret in SECRETS:
+            if environment.get(PREFIX + secret.upper()):
+                problems.append(f"{variable}: set this or {PREFIX}{secret.upper()}, not both")
+                continue
+            try:
+                values[secret] = Path(environment[variable]).read_text(encoding="utf-8").strip()
+            except (OSError, ValueError) as error:
+                problems.append(f"{variable}: cannot be read: {_plain(error)}")
+                values[secret] = None
+        elif name in Settings.model_fields:
+            values[name] = environment[variable]
+        else:
+            problems.append(f"{variable}: is no setting; see docs/operations.md for the list")
+    unread = {name for name, value in values.items() if value is None}
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        problems += [_sentence(fault) for fault in error.errors() if not unread & set(map(str, fault["loc"][:1]))]
+    if problems:
+        raise SettingsError(problems)
+    return settings
+
+
+def _sentence(fault: Any) -> str:  # noqa: ANN401  pydantic's ErrorDetails
+    where = PREFIX + str(fault["loc"][0]).upper() if fault["loc"] else "settings"
+    if fault["type"] == "missing":
+        return f"{where}: is required"
+    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+
+
+def _plain(error: Exception) -> str:
+    return error.strerror or type(error).__name__ if isinstance(error, OSError) else "not UTF-8 text"
+
+
+def describe(settings: Settings) -> dict[str, object]:
+    """Give every setting's effective value, secrets masked, for people to read."""
+    shown: dict[str, object] = {}
+    for name in Settings.model_fields:
+        value = getattr(settings, name)
+        if name == "api_keys":
+            value = [key.name for key in value]
+        elif isinstance(value, SecretStr):
+            value = f"set ({len(value.get_secret_value())} characters)"
+        shown[PREFIX + name.upper()] = value
+    return shown

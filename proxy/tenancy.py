@@ -1,0 +1,225 @@
+"""Binds thread ids, and the request bodies that carry them, to the principal who sent them.
+
+Pure. Never lets an id of another principal's pass, and never translates one back (docs/adr/0006).
+"""
+
+import base64
+import hmac
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from proxy.errors import BodyInvalid, ClientProblem, NotFound
+
+SEPARATOR: Final = "~"
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+=-]{0,127}", re.ASCII)
+_PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
+NAME_RULE: Final = "1 to 128 of A-Z a-z 0-9 _ . : @ + = -, the first a letter, digit or _"
+STANDING_NAME: Final = "standing"
+
+REFUSED_CONFIG: Final = frozenset(
+    {"user", "user_id", "authz", "remote_tools", "thread_meta", "resume_data", "realtime"}
+)
+"""Keys of `config` that steer identity or the graph's inside; so does every key that begins with `_`."""
+OVERWRITTEN_CONFIG: Final = frozenset({"recursion_limit", "is_stream", "timestamp"})
+"""Keys of `config` that the sidecar sets itself; dropped, so that nobody thinks they count."""
+REFUSED_STATE: Final = frozenset({"context", "context_summary", "execution_meta", "current_node"})
+"""Keys of `initial_state` that forge history or choose where the graph starts."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunRules:
+    """What a run's body may ask for."""
+
+    allow_system: bool
+    max_recursion: int
+    standing_thread: bool
+
+
+class RunBody(BaseModel):
+    """AgentFlow's own request. Unknown members are refused: a newer sidecar may give them a meaning."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: list[dict[str, Any]] = Field(default_factory=list)
+    config: dict[str, Any] | None = None
+    initial_state: dict[str, Any] | None = None
+    recursion_limit: Annotated[int, Field(strict=True, ge=1, le=100)] | None = None
+    response_granularity: Literal["low", "partial", "full"] | None = None
+    resume: Any = None
+
+
+class ShortBody(BaseModel):
+    """The short form: one user message."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: Annotated[str, Field(min_length=1, strict=True)]
+    thread_id: Any = None
+
+
+class ControlBody(BaseModel):
+    """A body that names the thread it acts on."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    thread_id: Any
+    config: dict[str, Any] | None = None
+
+
+def tag_of(namespace: str, secret: bytes) -> str:
+    """Derive a namespace's tag: 80 bits of HMAC-SHA256 (RFC 2104) in base32, stable for one secret."""
+    digest = hmac.digest(secret, namespace.encode(), "sha256")
+    return base64.b32encode(digest[:10]).decode("ascii").lower()
+
+
+def qualify(value: object, tag: str) -> str | None:
+    """Give the qualified form of a thread id: `<tag>~<name>`; None for an absent or blank one.
+
+    A bare name gets `tag`, an id with `tag` is itself. Raises NotFound for another's tag and BodyInvalid
+    for what is no id. Canonical text is the sidecar's: `str(value).strip()`.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BodyInvalid("thread_id must be text.")
+    text = str(value).strip() if isinstance(value, str) else _digits(value)
+    if not text:
+        return None
+    owner, separator, name = text.rpartition(SEPARATOR)
+    if separator and not hmac.compare_digest(owner.encode("utf-8", "replace"), tag.encode()):
+        raise NotFound("No such thread.")
+    if _NAME.fullmatch(name) is None:
+        raise BodyInvalid(f"thread_id must be {NAME_RULE}.")
+    return f"{tag}{SEPARATOR}{name}"
+
+
+def _digits(value: int) -> str:
+    if not 0 <= value < 10**18:
+        raise BodyInvalid("thread_id as a number must be 0 to 10^18.")
+    return str(value)
+
+
+def bind_parameters(parameters: Mapping[str, str], tag: str) -> dict[str, str]:
+    """Bind the parameters of a path: thread ids are qualified, other ids only checked.
+
+    Raises NotFound for another's thread and for what can be no id.
+    """
+    bound: dict[str, str] = {}
+    for name, value in parameters.items():
+        if name == "thread_id":
+            try:
+                bound[name] = qualify(value, tag) or ""
+            except BodyInvalid as error:
+                raise NotFound("No such thread.") from error
+        elif _PLAIN_ID.fullmatch(value):
+            bound[name] = value
+    if not all(bound.get(name) for name in parameters):
+        raise NotFound
+    return bound
+
+
+def decode_object(raw: bytes) -> dict[str, Any]:
+    """Read a JSON object (RFC 8259, UTF-8, finite numbers). Raises ClientProblem when it is none."""
+    try:
+        value = pydantic_core.from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ClientProblem("The body is not JSON.", reason=str(error)[:200]) from error
+    if not isinstance(value, dict):
+        raise ClientProblem("The body must be a JSON object.")
+    return value
+
+
+def bind_run(raw: bytes, *, tag: str, rules: RunRules, new_name: Callable[[], str]) -> tuple[bytes, str]:
+    """Bind a run's body, in either form, to the principal with `tag`; give the body to send and its thread id.
+
+    Raises ClientProblem (no JSON), BodyInvalid (not a run, or asks for what is refused) or NotFound
+    (another's thread).
+    """
+    value = decode_object(raw)
+    if "text" in value:
+        short = _validate(ShortBody, value)
+        block = {"type": "text", "text": short.text}
+        request: dict[str, Any] = {"messages": [{"role": "user", "content": [block]}]}
+        config: dict[str, Any] = {"thread_id": short.thread_id}
+    else:
+        body = _validate(RunBody, value)
+        request = {key: value[key] for key in value if key != "config"}
+        _check_messages(body.messages, allow_system=rules.allow_system)
+        _check_state(body.initial_state)
+        config = _client_config(body.config)
+    name = STANDING_NAME if rules.standing_thread else None
+    thread_id = qualify(config.get("thread_id"), tag) or f"{tag}{SEPARATOR}{name or new_name()}"
+    request["config"] = config | {"thread_id": thread_id}
+    asked = request.get("recursion_limit") or min(25, rules.max_recursion)
+    if asked > rules.max_recursion:
+        raise BodyInvalid(f"recursion_limit must be at most {rules.max_recursion}.")
+    request["recursion_limit"] = asked
+    return _encode(request), thread_id
+
+
+def bind_control(raw: bytes, *, tag: str) -> tuple[bytes, str]:
+    """Bind a body that names a thread at its top; the same results and errors as `bind_run`."""
+    body = _validate(ControlBody, decode_object(raw))
+    thread_id = qualify(body.thread_id, tag)
+    if thread_id is None:
+        raise BodyInvalid("thread_id is required.")
+    config = _client_config(body.config)
+    named = qualify(config.pop("thread_id", None), tag)
+    if named not in (None, thread_id):
+        raise BodyInvalid("thread_id and config.thread_id must be the same.")
+    return _encode({"thread_id": thread_id, "config": config}), thread_id
+
+
+def _client_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    kept = {key: value for key, value in (config or {}).items() if key not in OVERWRITTEN_CONFIG}
+    refused = sorted(key for key in kept if key in REFUSED_CONFIG or key.startswith("_"))
+    if refused:
+        raise BodyInvalid(f"config may not set {', '.join(refused[:5])[:200]}.")
+    run_id = kept.get("run_id")
+    if run_id is not None and not (isinstance(run_id, str) and _PLAIN_ID.fullmatch(run_id)):
+        raise BodyInvalid("config.run_id must be 1 to 128 of A-Z a-z 0-9 _ . : -.")
+    return kept
+
+
+def _check_messages(messages: list[dict[str, Any]], *, allow_system: bool) -> None:
+    roles = {"user", "assistant", "tool"} | ({"system"} if allow_system else set())
+    for position, message in enumerate(messages):
+        if message.get("role") not in roles:
+            raise BodyInvalid(f"messages[{position}].role must be one of {', '.join(sorted(roles))}.")
+
+
+def _check_state(state: Mapping[str, Any] | None) -> None:
+    refused = sorted(key for key in state or {} if key in REFUSED_STATE or key.startswith("_"))
+    if refused:
+        raise BodyInvalid(f"initial_state may not set {', '.join(refused[:5])[:200]}.")
+
+
+def _validate[Body: BaseModel](model: type[Body], value: dict[str, Any]) -> Body:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_input=False, include_context=False)[:5]
+        told = (f"{'.'.join(str(part)[:64] for part in fault['loc'])}: {fault['msg']}" for fault in faults)
+        raise BodyInvalid("; ".join(told)) from error
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    encoded = pydantic_core.to_json(value)
+    # A number too large for a double was read as infinite, which JSON cannot carry on.
+    if b"Infinity" in encoded and not _is_finite(value):
+        raise BodyInvalid("The body holds a number that is too large.")
+    return encoded
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)

@@ -1,0 +1,18 @@
+"""The life of a request, in the order in which it meets the rooms of this house.
+
+1.  `observability`   gives it an id and a Record; whatever goes wrong further in becomes an answer here.
+2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keys`) or token (`tokens`);
+                      without a principal nothing else runs, and no byte of the body has been read.
+3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
+4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
+5.  `limits`          charges the caller's quota, or refuses.
+6.  `relay`           reads the body, bounded in size and time.
+7.  `tenancy`         binds the thread ids in it to the principal.
+8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
+9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
+10. `relay`           passes the bytes on as they come, until either side ends it.
+11. `observability`   writes the access line.
+
+`listing` filters the one answer that is not passed on as it came. `model` and `errors` hold what travels;
+`settings`, `app`, `openapi`, `server`, `cli` and `dev` build the house and open the door.
+"""

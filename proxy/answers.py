@@ -44,19 +44,22 @@ class Answer:
             return
         if not self.begun:
             self._head_bytes += len(data)
+        self._parse(data)
+        if not self.begun and self._head_bytes > MAX_HEAD_BYTES:
+            raise UpstreamMalformed(reason="the head is too long")
+
+    def _parse(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
             raise UpstreamMalformed(reason="switched protocols") from error
         except httptools.HttpParserError as error:
-            if not self.complete:
-                cause = error.__context__
-                raise (
-                    cause if isinstance(cause, Problem) else UpstreamMalformed(reason=type(error).__name__)
-                ) from error
-            self.surplus = True
-        if not self.begun and self._head_bytes > MAX_HEAD_BYTES:
-            raise UpstreamMalformed(reason="the head is too long")
+            if self.complete:
+                self.surplus = True
+                return
+            if isinstance(error.__context__, Problem):  # raised by a callback below
+                raise error.__context__ from None
+            raise UpstreamMalformed(reason=type(error).__name__) from error
 
     def take(self) -> bytes:
         """Give the bytes of body read and not yet taken; may be empty."""

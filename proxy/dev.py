@@ -13,12 +13,12 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+
+import httpx
 
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text
@@ -195,8 +195,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _wait_for(url: str, process: subprocess.Popen[bytes]) -> bool:
     deadline = time.monotonic() + AGENT_START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):  # noqa: S310  our own http URL
-            return True
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(url, timeout=1, trust_env=False).is_success
         time.sleep(0.05)
     return False
 

@@ -72,7 +72,7 @@ class Observability:
             await self._answer(_problem_of(error), scope, observed)
         except Exception as error:  # noqa: BLE001  the process edge
             fields = {"request_id": request_id.decode(), "error": place_of(error)}
-            error_log.error("request.failed", extra={"fields": fields})  # noqa: TRY400  see place_of
+            error_log.error("request.failed", extra={"fields": fields})
             await self._answer(Problem(reason=type(error).__name__), scope, observed)
         except BaseException:
             record.end = "shutdown"

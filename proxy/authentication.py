@@ -12,6 +12,7 @@ from proxy.model import (
     RECORD,
     App,
     CredentialKind,
+    Headers,
     KeyStore,
     Lifecycle,
     Principal,
@@ -34,27 +35,27 @@ class Authenticator:
         self._keys = keys
 
     def recall(self, credential: Credential) -> Principal | None:
-        """Give the principal of a credential that was proven before, at no cost worth limiting."""
-        if isinstance(credential, ApiKey) or self._tokens is None:
-            return None
-        return self._tokens.recall(credential.text)
+        """Give the principal where proof costs next to nothing: a stored key, or a token proven before."""
+        if isinstance(credential, ApiKey):
+            return self._principal_of_key(credential.text)
+        return self._tokens.recall(credential.text) if self._tokens is not None else None
 
     def prove(self, credential: Credential) -> Principal:
-        """Prove a credential. Raises CredentialInvalid; the reason is for the log only."""
+        """Prove what was not recalled. Raises CredentialInvalid; the reason is for the log only."""
         if isinstance(credential, ApiKey):
-            return self._prove_key(credential.text)
+            raise CredentialInvalid(reason="unknown key" if parse_key(credential.text) else "not a key's form")
         if self._tokens is None:
             raise CredentialInvalid(reason="tokens are not configured")
         return self._tokens.verify(credential.text)
 
-    def _prove_key(self, text: str) -> Principal:
+    def _principal_of_key(self, text: str) -> Principal | None:
         parts = parse_key(text)
         if parts is None:
-            raise CredentialInvalid(reason="not a key's form")
+            return None
         key = self._keys.find(parts.id)
         # An unknown id costs the same comparison as a wrong secret.
         if not digests_match(parts.digest, key.digest if key is not None else "0" * 64) or key is None:
-            raise CredentialInvalid(reason="unknown key")
+            return None
         return Principal(
             subject=key.name,
             name=key.name,
@@ -81,24 +82,22 @@ class Authentication:
                 raise Draining
         await self._app(scope, receive, send)
 
-    def _principal(self, headers: list[tuple[bytes, bytes]], address: str) -> Principal:
-        """Find and prove the credential; a failed one counts against its address, one proven before does not."""
+    def _principal(self, headers: Headers, address: str) -> Principal:
+        """Find and prove the credential; a failed one counts against its address.
+
+        Once the address has spent its failures, what is not recalled is refused unproven: guessing then costs
+        us little, and it costs the address's known callers nothing.
+        """
         try:
             credential = read_credential(headers)
-        except MalformedCredential:
-            self._count_failure(address)
-            raise
-        if credential is None:
-            raise CredentialMissing
-        if (known := self._authenticator.recall(credential)) is not None:
-            return known
-        partition = address_partition(address)
-        self._failures.require_room(partition)
-        try:
-            return self._authenticator.prove(credential)
-        except CredentialInvalid:
-            self._failures.spend(partition)
+            if credential is None:
+                raise CredentialMissing
+            known = self._authenticator.recall(credential)
+            return known if known is not None else self._prove(credential, address)
+        except (MalformedCredential, CredentialInvalid):
+            self._failures.spend(address_partition(address))
             raise
 
-    def _count_failure(self, address: str) -> None:
-        self._failures.spend(address_partition(address))
+    def _prove(self, credential: Credential, address: str) -> Principal:
+        self._failures.require_room(address_partition(address))
+        return self._authenticator.prove(credential)

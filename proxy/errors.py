@@ -275,6 +275,13 @@ class RunDeadline(UpstreamProblem):
     title = "The answer took too long"
 
 
+class UpstreamDistrust(UpstreamProblem):
+    """The sidecar refused our internal token: its secret, issuer or audience is not ours. Never the caller's 401."""
+
+    code = "upstream_distrust"
+    title = "The agent does not trust this proxy"
+
+
 class UpstreamDeadline(UpstreamProblem):
     """The answer did not come, or did not go on, in time."""
 

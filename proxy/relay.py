@@ -13,10 +13,11 @@ from proxy.errors import (
     BodyUnsupported,
     ClientLeft,
     RunDeadline,
+    UpstreamDistrust,
     UpstreamMalformed,
 )
 from proxy.forwarding import downstream_headers
-from proxy.model import Deadlines, Headers, Receive, Send, Upstream, UpstreamRequest
+from proxy.model import Deadlines, Exchange, Headers, Receive, Send, Upstream, UpstreamRequest
 
 MAX_COLLECTED_BYTES: Final = 16 << 20
 
@@ -113,6 +114,7 @@ class Relay:
         async with ClientPresent(receive, deadlines.total):
             exchange = await self._upstream.begin(request, deadlines)
             try:
+                _require_trust(exchange)
                 await send(
                     {
                         "type": "http.response.start",
@@ -131,6 +133,7 @@ class Relay:
         async with ClientPresent(receive, deadlines.total):
             exchange = await self._upstream.begin(request, deadlines)
             try:
+                _require_trust(exchange)
                 body = bytearray()
                 while chunk := await exchange.read():
                     body += chunk
@@ -139,3 +142,8 @@ class Relay:
                 return exchange.status, bytes(body)
             finally:
                 exchange.abandon(ClientLeft())
+
+
+def _require_trust(exchange: Exchange) -> None:
+    if exchange.status == 401:  # noqa: PLR2004  Unauthorized: that is about our token, not the caller's
+        raise UpstreamDistrust

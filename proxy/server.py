@@ -20,6 +20,7 @@ from proxy.model import Lifecycle
 from proxy.observability import place_of
 from proxy.settings import Settings
 
+log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
 _EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
@@ -82,10 +83,13 @@ class Server(uvicorn.Server):
         self.force_exit = self._lifecycle.draining
         self._lifecycle.draining = True
         self.should_exit = True
+        log.info("server.draining", extra={"fields": {"at_once": self.force_exit}})
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
+        log.info("server.started", extra={"fields": {"listening": [f"{host}:{port}" for host, port in listening]}})
         if self._started is not None and not self.should_exit:
             self._started()
 

@@ -1,0 +1,59 @@
+"""agentflow-proxy itself, started by its command with the settings of a deployment and limits that never refuse.
+
+Also the two variants whose refusals are measured: a caller over the limit, and a wrong token.
+"""
+
+import os
+import subprocess
+from functools import partial
+
+from benchmarks.contenders.model import Absent, Contender, Launch, Place, plain_environment
+from benchmarks.tokens import AGENT_SECRET, AUDIENCE, ISSUER, SECRET
+
+NEVER = "100000000/minute"
+
+
+def environment(place: Place, *, limit: str = NEVER) -> dict[str, str]:
+    """Give the settings of one proxy in front of the stub."""
+    return plain_environment(
+        PROXY_HOST="127.0.0.1",
+        PROXY_PORT=str(place.port),
+        PROXY_AGENT_URL=f"http://127.0.0.1:{place.upstream}",
+        PROXY_AGENT_SECRET=AGENT_SECRET,
+        PROXY_JWT_SECRET=SECRET,
+        PROXY_JWT_ISSUER=ISSUER,
+        PROXY_JWT_AUDIENCE=AUDIENCE,
+        PROXY_RATE_LIMIT=limit,
+        PROXY_AUTH_FAILURE_LIMIT="off",
+        PROXY_POOL_CONNECTIONS="16384",
+    )
+
+
+def _prepare(limit: str, place: Place) -> Launch:
+    command = place.ours
+    if not command.exists():
+        raise Absent("its command is not installed; make it with `make dev`")
+    version = _describe(command.parent.parent.parent)
+    return Launch(
+        version=version,
+        commands=((os.fspath(command), "serve"),),
+        environment=environment(place, limit=limit),
+        invoke="/agent/invoke",
+        stream="/agent/stream",
+    )
+
+
+def _describe(tree: os.PathLike[str]) -> str:
+    command = ["git", "-C", os.fspath(tree), "describe", "--always", "--dirty"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f"agentflow-proxy {result.stdout.strip() or 'unknown'}"
+
+
+OURS = Contender(
+    "ours",
+    "agentflow-proxy",
+    "everything on: JWT, tenancy, limit with RateLimit headers, access line, metrics",
+    partial(_prepare, NEVER),
+    ours=True,
+)
+OVER_LIMIT = Contender("ours-429", "agentflow-proxy, over the limit", "one request an hour", partial(_prepare, "1/hour"))

@@ -6,6 +6,7 @@ Parses only what it must; never buffers a stream.
 import asyncio
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -111,7 +112,6 @@ class Watch:
     recording: bool = False
     lateness: list[float] = field(default_factory=list)
     first_bytes: list[float] = field(default_factory=list)
-    events: int = 0
 
 
 class Watcher(asyncio.Protocol):
@@ -166,8 +166,8 @@ class Watcher(asyncio.Protocol):
             used = at + STAMP_END
             self.events += 1
             if watch.recording:
-                watch.events += 1
-                watch.lateness.append(now - float(data[at + STAMP_AT : used]))
+                with suppress(ValueError):  # a chunk's end may lie inside the number
+                    watch.lateness.append(now - float(data[at + STAMP_AT : used]))
             at = data.find(TIMESTAMP, used)
         self.tail = data[max(used, len(data) - STAMP_END) :]
         if self.events and not self.opened.done():

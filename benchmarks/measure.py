@@ -148,11 +148,9 @@ def measure_events(standing: Standing, direct: Direct, plan: Plan) -> dict[str, 
     bursts, cpu, instructions = _spent(
         standing,
         plan,
-        lambda: drive_bursts(
-            standing.port, requests, rounds=plan.bursts, events=plan.burst_events, deadline=plan.burst_seconds
-        ),
+        lambda: drive_bursts(standing.port, requests, rounds=plan.bursts, deadline=plan.burst_seconds),
     )
-    return values | _each("burst", cpu, instructions, bursts.events)
+    return values | _each("burst", cpu, instructions, bursts * plan.burst_events)
 
 
 def measure_refusals(standing: Standing, plan: Plan, tokens: list[str], status: int) -> dict[str, float]:

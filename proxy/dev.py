@@ -32,6 +32,8 @@ HOST: Final = "127.0.0.1"
 JWT_LIFETIME: Final = 3600
 ISSUER: Final = "https://dev.agentflow-proxy.invalid"
 AUDIENCE: Final = "agentflow-proxy"
+INTERNAL_ISSUER: Final = "agentflow-proxy"
+INTERNAL_AUDIENCE: Final = "agentflow"
 AGENT_START_SECONDS: Final = 60
 AGENT_CONFIG: Final = Path(__file__).resolve().parent.parent / "agent_service" / "agentflow.json"
 
@@ -140,6 +142,8 @@ def _proxy_environment(environment: Mapping[str, str], kept: DevSecrets, agent_u
     fixed = {
         "PROXY_AGENT_URL": agent_url,
         "PROXY_AGENT_SECRET": kept.agent_secret,
+        "PROXY_AGENT_ISSUER": INTERNAL_ISSUER,
+        "PROXY_AGENT_AUDIENCE": INTERNAL_AUDIENCE,
         "PROXY_THREAD_SECRET": kept.thread_secret,
         "PROXY_JWT_SECRET": kept.jwt_secret,
     }
@@ -153,8 +157,8 @@ def _agent(environment: Mapping[str, str], kept: DevSecrets, port: int) -> Gener
     own = {
         "JWT_SECRET_KEY": kept.agent_secret,
         "JWT_ALGORITHM": "HS256",
-        "JWT_ISSUER": "agentflow-proxy",
-        "JWT_AUDIENCE": "agentflow",
+        "JWT_ISSUER": INTERNAL_ISSUER,
+        "JWT_AUDIENCE": INTERNAL_AUDIENCE,
         "AGENT_DATABASE": str((DIRECTORY / "threads.sqlite").resolve()),
     }
     inherited = {name: value for name, value in environment.items() if not name.startswith(PREFIX)}

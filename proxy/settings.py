@@ -66,8 +66,13 @@ class Settings(BaseModel):
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: a free one")] = 8000
     agent_url: Annotated[str, Field(description="where the sidecar listens")] = "http://127.0.0.1:8001"
     agent_secret: Annotated[Secret, Field(description="signs the internal token; the sidecar's JWT_SECRET_KEY")]
-    agent_issuer: Annotated[str, Field(min_length=1, description="the internal token's iss")] = "agentflow-proxy"
-    agent_audience: Annotated[str, Field(min_length=1, description="the internal token's aud")] = "agentflow"
+    agent_issuer: Annotated[
+        str | None, Field(min_length=1, description="the internal token's iss; the sidecar's JWT_ISSUER")
+    ] = "agentflow-proxy"
+    agent_audience: Annotated[
+        str | None,
+        Field(min_length=1, description="the internal token's aud; the sidecar's JWT_AUDIENCE, which must match"),
+    ] = None
     thread_secret: Annotated[
         Secret | None, Field(description="keys the thread tags; unset: derived from the agent secret")
     ] = None

@@ -124,12 +124,14 @@ def _scopes(claims: Mapping[str, object]) -> list[str]:
 
 
 class InternalIdentity:
-    """Signs who the caller is for the sidecar: `user_id`, `iss`, `aud`, and `exp` 60 s ahead."""
+    """Signs who the caller is for the sidecar: `user_id`, `iss` and `aud` where given, and `exp` 60 s ahead.
 
-    def __init__(self, secret: str, *, issuer: str, audience: str, clock: Callable[[], float]) -> None:
+    A sidecar without JWT_AUDIENCE refuses every token that has an `aud`, so both must be told of it.
+    """
+
+    def __init__(self, secret: str, *, issuer: str | None, audience: str | None, clock: Callable[[], float]) -> None:
         self._secret = secret
-        self._issuer = issuer
-        self._audience = audience
+        self._fixed = _present({"iss": issuer, "aud": audience})
         self._clock = clock
         self._signed: Memory[bytes] = Memory()
 
@@ -139,26 +141,21 @@ class InternalIdentity:
         user_id = principal.namespace
         signed = self._signed.recall(user_id, now)
         if signed is None:
-            claims = {
-                "user_id": user_id,
-                "sub": principal.subject,
-                "iss": self._issuer,
-                "aud": self._audience,
-            }
+            who = {"user_id": user_id, "sub": principal.subject}
             times = {"iat": int(now), "exp": int(now) + INTERNAL_LIFETIME}
-            signed = jwt.encode(claims | times, self._secret, ALGORITHM).encode()
+            signed = jwt.encode(who | times | self._fixed, self._secret, ALGORITHM).encode()
             self._signed.keep(user_id, signed, now + INTERNAL_LIFETIME / 2)
         return signed
 
 
 def issue_token(rules: TokenRules, *, subject: str, scopes: frozenset[str], now: float, lifetime: int) -> str:
     """Sign a caller's token under `rules`, `lifetime` seconds long, for the `token` command."""
-    claims: dict[str, object] = {"sub": subject, "iat": int(now), "exp": int(now) + lifetime}
-    if rules.issuer is not None:
-        claims["iss"] = rules.issuer
-    if rules.audience is not None:
-        claims["aud"] = rules.audience
-    return jwt.encode(claims | {"scope": " ".join(sorted(scopes))}, rules.secret, ALGORITHM)
+    claims = {"sub": subject, "iat": int(now), "exp": int(now) + lifetime, "scope": " ".join(sorted(scopes))}
+    return jwt.encode(claims | _present({"iss": rules.issuer, "aud": rules.audience}), rules.secret, ALGORITHM)
+
+
+def _present(claims: dict[str, str | None]) -> dict[str, str]:
+    return {name: value for name, value in claims.items() if value is not None}
 
 
 def _fingerprint(token: str) -> bytes:

@@ -1,0 +1,313 @@
+"""How an answer ends when the sidecar, the client or the proxy itself goes away: real processes, real sockets."""
+
+import asyncio
+import json
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.agent import start_agent
+from tests.support.agent import stop as stop_agent
+from tests.support.principals import Principals
+from tests.support.proxy import Proxy, start_proxy, stop_proxy
+from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, RawUpstream, Talk, answer, chunk, raw_upstream
+
+SECRET = "s" * 48
+RUN = {"text": "hi"}
+
+
+@pytest.fixture(scope="module")
+def principals() -> Principals:
+    """Give somebody who may call."""
+    return Principals()
+
+
+@asynccontextmanager
+async def proxy_before(
+    talk: Talk, directory: Path, principals: Principals, **environment: str
+) -> AsyncIterator[tuple[Proxy, RawUpstream]]:
+    """Run a proxy before an upstream that talks as `talk` does."""
+    async with raw_upstream(talk) as upstream:
+        proxy = await asyncio.to_thread(
+            start_proxy, directory, upstream.url, SECRET, **principals.environment(), **environment
+        )
+        try:
+            yield proxy, upstream
+        finally:
+            await asyncio.to_thread(stop_proxy, proxy.process)
+
+
+def client_of(proxy: Proxy, principals: Principals) -> httpx.AsyncClient:
+    """Make a client that is signed in."""
+    token = principals.token("alice")
+    return httpx.AsyncClient(base_url=proxy.url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
+
+
+async def ended(proxy: Proxy, operation: str) -> dict[str, object]:
+    """Wait for the access line of `operation`."""
+    return await asyncio.to_thread(proxy.line_of, operation=operation)
+
+
+async def test_each_event_arrives_before_the_next_is_written(tmp_path: Path, principals: Principals) -> None:
+    """Upstream writes an event only after the client has read the one before; nothing is held back."""
+    seen = asyncio.Semaphore(0)
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(CHUNKED_HEAD)
+        for number in range(50):
+            await line.write(chunk(b'{"n":%d}\n' % number))
+            await seen.acquire()
+        await line.write(LAST_CHUNK)
+
+    async with proxy_before(talk, tmp_path, principals) as (proxy, _), client_of(proxy, principals) as client:
+        received = []
+        async with asyncio.timeout(20), client.stream("POST", "/agent/stream", json=RUN) as response:
+            async for part in response.aiter_raw():
+                received.append(part)
+                seen.release()
+
+        assert received == [b'{"n":%d}\n' % number for number in range(50)]
+        assert response.headers["cache-control"] == "no-cache, no-transform"
+        assert response.headers["x-accel-buffering"] == "no"
+        assert (await ended(proxy, "stream"))["end"] == "done"
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+async def test_an_upstream_that_is_cut_off_leaves_the_client_a_cut_answer(
+    tmp_path: Path, principals: Principals, how: str
+) -> None:
+    """What came before is delivered, and the body does not end as a whole one does."""
+    go = asyncio.Event()
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(CHUNKED_HEAD + chunk(b"part"))
+        await go.wait()
+        if how == "rst":
+            line.reset()
+
+    async with proxy_before(talk, tmp_path, principals) as (proxy, _), client_of(proxy, principals) as client:
+        parts = []
+        with pytest.raises(httpx.RemoteProtocolError, match="incomplete"):
+            async with client.stream("POST", "/agent/stream", json=RUN) as response:
+                async for part in response.aiter_raw():
+                    parts.append(part)
+                    go.set()
+        line = await ended(proxy, "stream")
+
+        assert parts == [b"part"]
+        assert (line["end"], line["fault"], line["status"]) == ("upstream_cut", "upstream", 200)
+
+
+async def test_a_cut_answer_with_a_length_is_cut_too(tmp_path: Path, principals: Principals) -> None:
+    """An invoke's answer that stops short is not passed off as a whole one."""
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n" + b"x" * 50)
+
+    async with proxy_before(talk, tmp_path, principals) as (proxy, _), client_of(proxy, principals) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await client.post("/agent/invoke", json=RUN)
+
+        assert (await ended(proxy, "invoke"))["end"] == "upstream_cut"
+
+
+async def test_a_client_that_hangs_up_closes_upstream(tmp_path: Path, principals: Principals) -> None:
+    """The sidecar's connection is closed when the client's is, while nothing at all flows."""
+    gone = asyncio.Event()
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(CHUNKED_HEAD + chunk(b"part"))
+        await line.gone()
+        gone.set()
+
+    async with proxy_before(talk, tmp_path, principals) as (proxy, _), client_of(proxy, principals) as client:
+        async with client.stream("POST", "/agent/stream", json=RUN) as response:
+            await anext(response.aiter_raw())
+        async with asyncio.timeout(5):
+            await gone.wait()
+
+        assert (await ended(proxy, "stream"))["end"] == "client_left"
+
+
+async def test_a_sidecar_that_is_down_is_a_502(tmp_path: Path, principals: Principals) -> None:
+    """Nobody listens: the caller is told at once, in our words."""
+
+    async def talk(line: Line) -> None:
+        await line.request()
+
+    async with raw_upstream(talk) as upstream:
+        url = upstream.url
+    proxy = start_proxy(tmp_path, url, SECRET, **principals.environment())
+    try:
+        async with client_of(proxy, principals) as client:
+            response = await client.post("/agent/invoke", json=RUN)
+
+        assert response.status_code == 502
+        assert response.headers["content-type"] == "application/problem+json"
+        assert response.json()["code"] == "upstream_unreachable"
+    finally:
+        stop_proxy(proxy.process)
+
+
+async def test_a_sidecar_that_does_not_answer_is_a_504(tmp_path: Path, principals: Principals) -> None:
+    """The first byte has a deadline."""
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.gone()
+
+    async with (
+        proxy_before(talk, tmp_path, principals, PROXY_FIRST_BYTE_TIMEOUT_SECONDS="0.2") as (proxy, _),
+        client_of(proxy, principals) as client,
+    ):
+        response = await client.post("/agent/invoke", json=RUN)
+
+        assert response.status_code == 504
+        assert response.json()["code"] == "upstream_deadline"
+
+
+async def test_a_dirty_answer_never_reaches_another_caller(tmp_path: Path, principals: Principals) -> None:
+    """Two callers in turn, and an upstream that writes two answers to the first."""
+
+    async def talk(line: Line) -> None:
+        while await line.request():
+            await line.write(answer(b"first") + answer(b"of somebody else"))
+
+    async with proxy_before(talk, tmp_path, principals) as (proxy, upstream), client_of(proxy, principals) as client:
+        bodies = [(await client.post("/agent/invoke", json=RUN)).content for _ in range(4)]
+
+        assert bodies == [b"first"] * 4
+        assert upstream.accepted == 4
+
+
+async def test_sigterm_lets_a_running_stream_finish(tmp_path: Path, principals: Principals) -> None:
+    """No new work is taken, what runs goes on to its end, and the status is 0."""
+    draining = asyncio.Event()
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(CHUNKED_HEAD + chunk(b"before "))
+        await draining.wait()
+        await line.write(chunk(b"after") + LAST_CHUNK)
+
+    async with proxy_before(talk, tmp_path, principals) as (proxy, _), client_of(proxy, principals) as client:
+        body = b""
+        async with client.stream("POST", "/agent/stream", json=RUN) as response:
+            async for part in response.aiter_raw():
+                body += part
+                if not draining.is_set():
+                    proxy.process.send_signal(signal.SIGTERM)
+                    await until_logged(proxy, "server.draining")
+                    with pytest.raises(httpx.TransportError):
+                        await refused_when_closed(proxy)
+                    draining.set()
+        status = await asyncio.to_thread(proxy.process.wait, 10)
+
+        assert body == b"before after"
+        assert status == 0
+
+
+async def test_the_grace_is_not_endless(tmp_path: Path, principals: Principals) -> None:
+    """A stream that outlives the grace is cut, visibly, and the status is still 0."""
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(CHUNKED_HEAD + chunk(b"before"))
+        await line.gone()
+
+    async with (
+        proxy_before(talk, tmp_path, principals, PROXY_GRACE_SECONDS="1") as (proxy, _),
+        client_of(proxy, principals) as client,
+    ):
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with client.stream("POST", "/agent/stream", json=RUN) as response:
+                async for _ in response.aiter_raw():
+                    proxy.process.send_signal(signal.SIGTERM)
+        status = await asyncio.to_thread(proxy.process.wait, 10)
+
+        assert status == 0
+        assert (await ended(proxy, "stream"))["end"] == "shutdown"
+
+
+async def until_logged(proxy: Proxy, event: str) -> None:
+    """Wait until the proxy has logged `event`."""
+    async with asyncio.timeout(10):
+        while not any(line.get("event") == event for line in proxy.log_lines()):
+            await asyncio.sleep(0.01)
+
+
+async def refused_when_closed(proxy: Proxy) -> None:
+    """Call on new connections until none is accepted; each that still is must be told to go elsewhere."""
+    async with asyncio.timeout(10):
+        while True:
+            async with httpx.AsyncClient() as stranger:
+                response = await stranger.get(f"{proxy.url}/health/ready")
+            assert response.status_code == 503
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def agent_and_proxy(tmp_path: Path, principals: Principals) -> Iterator[tuple[object, Proxy]]:
+    """Run a real sidecar and a proxy before it."""
+    agent = start_agent(tmp_path)
+    proxy = start_proxy(tmp_path, agent.url, agent.secret, **principals.environment())
+    try:
+        yield agent, proxy
+    finally:
+        stop_proxy(proxy.process)
+        stop_agent(agent.process)
+
+
+async def test_a_killed_sidecar_is_a_cut_stream_and_then_a_502(
+    agent_and_proxy: tuple[object, Proxy], principals: Principals
+) -> None:
+    """A real sidecar dies midway: the stream is visibly cut, and the next caller is told."""
+    agent, proxy = agent_and_proxy
+    async with client_of(proxy, principals) as client:
+        with pytest.raises(httpx.RemoteProtocolError):
+            async with client.stream("POST", "/agent/stream", json={"text": "[words 1000] [pace 50ms]"}) as response:
+                async for _ in response.aiter_raw():
+                    agent.process.kill()  # type: ignore[attr-defined]
+        after = await client.post("/agent/invoke", json=RUN)
+
+    assert response.status_code == 200
+    assert after.status_code == 502
+
+
+async def test_a_graph_that_fails_midway_says_so_in_the_stream(
+    agent_and_proxy: tuple[object, Proxy], principals: Principals
+) -> None:
+    """The sidecar's own error line arrives, and the stream ends whole."""
+    _, proxy = agent_and_proxy
+    async with client_of(proxy, principals) as client:
+        response = await client.post("/agent/stream", json={"text": "[words 10] [fail 3 out of paper]"})
+    lines = [json.loads(line) for line in response.text.splitlines()]
+
+    assert response.status_code == 200
+    assert [line["event"] for line in lines].count("message") >= 3
+    assert lines[-1]["event"] == "error"
+    assert (await ended(proxy, "stream"))["end"] == "done"
+
+
+async def test_a_client_that_hangs_up_stops_the_real_run(
+    agent_and_proxy: tuple[object, Proxy], principals: Principals
+) -> None:
+    """After hanging up on a long run, the thread is free: the sidecar has stopped it."""
+    _, proxy = agent_and_proxy
+    async with client_of(proxy, principals) as client:
+        body = {"text": "[words 1000] [pace 50ms]", "thread_id": "long"}
+        async with client.stream("POST", "/agent/stream", json=body) as response:
+            await anext(response.aiter_raw())
+        line = await ended(proxy, "stream")
+        stopped = await client.post("/agent/v1/graph/stop", json={"thread_id": "long"})
+
+    assert line["end"] == "client_left"
+    assert stopped.json()["data"]["running"] is False

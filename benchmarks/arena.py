@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.contenders.model import ROOT, Absent, Contender, Launch, Place, plain_environment
+from benchmarks.contenders.model import NEVER, ROOT, AbsentError, Contender, Launch, Place, plain_environment
 from benchmarks.load import drive_invokes, until_ready
 from benchmarks.processes import Group, find_ports
 from benchmarks.tokens import make_body, make_request, make_tokens
@@ -66,15 +66,17 @@ def stand_stub(directory: Path, core: int) -> Iterator[Standing]:
 
 
 @contextmanager
-def stand(contender: Contender, ground: Ground) -> Iterator[Standing]:
+def stand(contender: Contender, ground: Ground, *, per_minute: int = NEVER) -> Iterator[Standing]:
     """Run `contender` in front of the stub from its first good answer on.
 
-    Raises Absent when it cannot be had or gives no such answer.
+    Raises AbsentError when it cannot be had or gives no such answer.
     """
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
         ports = find_ports(3)
-        launch = contender.prepare(Place(directory, ports[0], ground.stub.port, (ports[1], ports[2]), ground.ours))
+        launch = contender.prepare(
+            Place(directory, ports[0], ground.stub.port, (ports[1], ports[2]), ground.ours, per_minute)
+        )
         with Group(ground.core, directory / "log") as group:
             for command in launch.commands:
                 group.start(command, environment=launch.environment, directory=directory)
@@ -87,12 +89,12 @@ def stand(contender: Contender, ground: Ground) -> Iterator[Standing]:
                 codes = [process.poll() for process in group.started]
                 print(group.log.read_text(errors="replace")[-2000:], file=sys.stderr)
                 ended = next((code for code in codes if code is not None), None)
-                raise Absent("did not answer in time" if ended is None else f"ended at start with code {ended}")
+                raise AbsentError("did not answer in time" if ended is None else f"ended at start with code {ended}")
             yield standing
 
 
 def refuses(standing: Standing, tokens: list[str]) -> bool:
-    """Say whether each of `tokens` is answered with 401 or 403, so that a contender that checks nothing is found out."""
+    """Say whether each of `tokens` is answered with 401 or 403: a contender that checks nothing is found out."""
     requests = standing.invokes(tokens)
     return all(
         any(asyncio.run(_answers(standing.port, request, status)) for status in (401, 403)) for request in requests

@@ -1,6 +1,6 @@
 """Draws the picture for the README: CPU per invoke and per event, a dot for the median, a line for the spread.
 
-Plain SVG on a transparent ground, readable on light and dark pages; a logarithmic axis, since contenders differ 1000-fold.
+Plain SVG on a transparent ground, for light and dark pages; a logarithmic axis, as contenders differ 1000-fold.
 """
 
 import math
@@ -76,9 +76,7 @@ def _panel(results: Sequence[Result], key: str, title: str, left: int) -> list[s
         )
         lines.append(f'<circle class="dot{kind}" cx="{x:.1f}" cy="{y}" r="5"/>')
         beside = max(x, place(spread.most)) + 10
-        lines.append(
-            f'<text class="small{kind}" x="{beside:.1f}" y="{y + 4}">{format_value(spread.median)}</text>'
-        )
+        lines.append(f'<text class="small{kind}" x="{beside:.1f}" y="{y + 4}">{format_value(spread.median)}</text>')
     return lines
 
 

@@ -17,7 +17,7 @@ STAMP_END = STAMP_AT + TIMESTAMP_DIGITS
 
 
 def measure_head(data: bytes) -> tuple[int, int, bool]:
-    """Give where the body begins, its length (-1: chunked), and whether the connection closes after it; (0, …) if incomplete."""
+    """Give where the body begins (0: not yet), its length (-1: chunked), and whether the connection then closes."""
     end = data.find(b"\r\n\r\n") + 4
     if end < 4:
         return 0, 0, False

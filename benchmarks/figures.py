@@ -20,7 +20,8 @@ class Figure:
 
 
 FIGURES: tuple[Figure, ...] = (
-    Figure("invoke_cpu_us", "CPU per invoke", "µs"),
+    Figure("invoke_cpu_us", "CPU per invoke, 16 in flight", "µs"),
+    Figure("invoke_cpu_us_1", "CPU per invoke, 1 in flight", "µs"),
     Figure("invoke_instructions_k", "instructions per invoke", "k"),
     Figure("invoke_rate", "invokes per second", "1/s"),
     Figure("added_p50_us_1", "added latency, 1 in flight, p50", "µs"),

@@ -62,7 +62,7 @@ async def drive_invokes(
     done = asyncio.Event()
     tasks: set[asyncio.Task[None]] = set()
 
-    def finish(_: Asker, again: bool) -> None:  # noqa: FBT001  a callback
+    def finish(_: Asker, again: bool) -> None:
         tally.open -= 1
         if again:
             task = loop.create_task(connect())
@@ -138,7 +138,7 @@ async def drive_streams(
     deadline: float,
     mark: Callable[[], Usage],
 ) -> Streams:
-    """Open `count` streams and watch them for `seconds`; `mark` is read before opening, at the window's start and end."""
+    """Open `count` streams, watch them for `seconds`, leave; `mark` is read before, and around the watching."""
     watch = Watch()
     marks = [mark()]
     async with open_streams(port, requests, watch, count=count, over=over, deadline=deadline) as watchers:

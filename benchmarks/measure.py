@@ -87,9 +87,7 @@ def _alone(standing: Standing, plan: Plan) -> Invokes:
 
 def _loaded(standing: Standing, plan: Plan) -> tuple[Invokes, float, float | None]:
     requests = standing.invokes()
-    return _spent(
-        standing, plan, lambda: drive_invokes(standing.port, requests, in_flight=16, seconds=plan.loaded)
-    )
+    return _spent(standing, plan, lambda: drive_invokes(standing.port, requests, in_flight=16, seconds=plan.loaded))
 
 
 def _paced(standing: Standing, plan: Plan) -> Streams:
@@ -115,10 +113,13 @@ def measure_direct(stub: Standing, plan: Plan) -> Direct:
 def measure_invokes(standing: Standing, direct: Direct, plan: Plan) -> dict[str, float]:
     """Measure invokes alone and with 16 in flight."""
     uvloop.run(drive_invokes(standing.port, standing.invokes(), in_flight=16, seconds=plan.warm))
+    start = _usage(standing).cpu
     alone = _alone(standing, plan)
+    alone_cpu = (_usage(standing).cpu - start) * 1e6
     loaded, cpu, instructions = _loaded(standing, plan)
     values = _each("invoke", cpu, instructions, loaded.answered)
     return values | {
+        "invoke_cpu_us_1": alone_cpu / max(1, alone.answered),
         "invoke_rate": loaded.rate,
         "added_p50_us_1": alone.p50_us - direct.alone.p50_us,
         "added_p99_us_1": alone.p99_us - direct.alone.p99_us,

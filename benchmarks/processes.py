@@ -19,7 +19,7 @@ PROC = Path("/proc")
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 
 
-class TooFewCores(Exception):
+class TooFewCoresError(Exception):
     """The machine cannot keep the load away from what is measured."""
 
 
@@ -32,10 +32,10 @@ class Usage:
 
 
 def choose_cores() -> tuple[int, int]:
-    """Give the core for load and stub, and the core for the proxy under test. Raises TooFewCores below two."""
+    """Give the core for load and stub, and the core for the proxy under test. Raises TooFewCoresError below two."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
-        raise TooFewCores("the benchmark needs two cores")
+        raise TooFewCoresError("the benchmark needs two cores")
     return cores[0], cores[-1]
 
 

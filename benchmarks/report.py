@@ -34,13 +34,17 @@ class Report:
 TABLES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "Invoke",
-        ("invoke_cpu_us", "invoke_instructions_k", "invoke_rate", "added_p50_us_1", "added_p99_us_1")
-        + ("added_p50_us_16", "added_p99_us_16", "errors"),
+        (
+            *("invoke_cpu_us", "invoke_cpu_us_1", "invoke_instructions_k", "invoke_rate", "added_p50_us_1"),
+            *("added_p99_us_1", "added_p50_us_16", "added_p99_us_16", "errors"),
+        ),
     ),
     (
         "Stream",
-        ("event_cpu_us", "event_instructions_k", "event_added_p50_us", "event_added_p99_us", "first_byte_us")
-        + ("burst_cpu_us", "burst_instructions_k"),
+        (
+            *("event_cpu_us", "event_instructions_k", "event_added_p50_us", "event_added_p99_us"),
+            *("first_byte_us", "burst_cpu_us", "burst_instructions_k"),
+        ),
     ),
     (
         "Refusals",
@@ -50,12 +54,12 @@ TABLES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def format_cell(result: Result, key: str, digits: int) -> str:
-    """Write `median (least–most)`, or a dash."""
+    """Write `median (least to most)`, or a dash."""
     spread = result.spread(key)
     if spread is None:
-        return "–"
+        return "-"
     middle, least, most = (f"{value:,.{digits}f}" for value in (spread.median, spread.least, spread.most))
-    return middle if least == most else f"{middle} ({least}–{most})"
+    return middle if least == most else f"{middle} ({least} to {most})"
 
 
 def _rows(report: Report, columns: Sequence[tuple[str, Figure]]) -> list[list[str]]:
@@ -82,26 +86,29 @@ def make_tables(report: Report) -> list[tuple[str, list[list[str]]]]:
 
 def write_markdown(report: Report) -> str:
     """Write the report for the documentation."""
-    lines = [f"Measured on {report.machine.sentence()}; {report.rounds} interleaved rounds, median (least–most).", ""]
+    lines = [
+        f"Measured on {report.machine.sentence()}; {report.rounds} interleaved rounds, median (least to most).",
+        "",
+    ]
     for title, rows in make_tables(report):
         lines += [f"**{title}**", "", "| " + " | ".join(rows[0]) + " |", "|---" + "|---:" * (len(rows[0]) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in rows[1:]]
         lines.append("")
     lines += ["| contender | how it does the job | version |", "|---|---|---|"]
     lines += [f"| {result.title} | {result.job} | {result.version} |" for result in report.present()]
-    lines += [f"| {result.title} | absent: {result.absent} | – |" for result in report.absent()]
+    lines += [f"| {result.title} | absent: {result.absent} | - |" for result in report.absent()]
     return "\n".join(lines) + "\n"
 
 
 def write_text(report: Report) -> str:
     """Write the report for a terminal: medians only, one line per contender."""
-    lines = [report.machine.sentence(), f"{report.rounds} interleaved rounds, median (least–most)"]
+    lines = [report.machine.sentence(), f"{report.rounds} interleaved rounds, median (least to most)"]
     for title, rows in make_tables(report):
         lines += ["", title.upper()]
         for column, name in enumerate(rows[0][1:], start=1):
             lines.append(f"  {name}")
             width = max(len(row[0]) for row in rows)
-            lines += [f"    {row[0]:<{width}}  {row[column]:>24}" for row in rows[1:] if row[column] != "–"]
+            lines += [f"    {row[0]:<{width}}  {row[column]:>24}" for row in rows[1:] if row[column] != "-"]
     lines += ["", *(f"absent: {result.title}: {result.absent}" for result in report.absent())]
     return "\n".join(lines)
 

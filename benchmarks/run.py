@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.arena import Ground, Standing, refuses, stand, stand_stub
-from benchmarks.contenders import CONTENDERS
-from benchmarks.contenders.model import ROOT, Absent, Contender
-from benchmarks.contenders.ours import OVER_LIMIT
+from benchmarks.contenders import CHECKS_NOTHING, CONTENDERS
+from benchmarks.contenders.model import ROOT, AbsentError, Contender
 from benchmarks.figures import Result
 from benchmarks.instructions import can_count
 from benchmarks.machine import describe_machine
@@ -28,12 +27,11 @@ from benchmarks.measure import (
     measure_open,
     measure_refusals,
 )
-from benchmarks.processes import TooFewCores, choose_cores, raise_file_limit
+from benchmarks.processes import TooFewCoresError, choose_cores, raise_file_limit
 from benchmarks.report import Report, write_all
-from benchmarks.tokens import WRONG_SECRET, make_token
+from benchmarks.tokens import bad_tokens, forged_tokens, make_token
 
 STREAM_FILES = 2_500  # files that everything but the streams themselves may need
-CHECKS_NOTHING = frozenset({"nginx-plain"})
 
 
 def _arguments() -> argparse.Namespace:
@@ -49,20 +47,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _bad_tokens() -> list[str]:
-    return [make_token(f"caller-{number}", secret=WRONG_SECRET) for number in range(64)]
-
-
 def _check(contender: Contender, standing: Standing) -> None:
-    """Raise Absent unless the contender refuses a forged, an expired, a foreign and a misdirected token."""
-    bad = [
-        make_token("caller-0", secret=WRONG_SECRET),
-        make_token("caller-0", seconds=-3600),
-        make_token("caller-0", iss="https://other.test"),
-        make_token("caller-0", aud="other"),
-    ]
-    if contender.key not in CHECKS_NOTHING and not refuses(standing, bad):
-        raise Absent("it let a bad token through, so its figures would mean nothing")
+    """Raise AbsentError unless the contender refuses a forged, an expired, a foreign and a misdirected token."""
+    if contender.key not in CHECKS_NOTHING and not refuses(standing, bad_tokens()):
+        raise AbsentError("it let a bad token through, so its figures would mean nothing")
 
 
 def _measure(
@@ -72,10 +60,10 @@ def _measure(
         _check(contender, standing)
         values = measure_invokes(standing, direct, plan) | measure_events(standing, direct, plan)
         if contender.ours:
-            values |= measure_refusals(standing, plan, _bad_tokens(), 401)
+            values |= measure_refusals(standing, plan, forged_tokens(), 401)
         version = standing.launch.version
     if contender.ours:
-        with stand(OVER_LIMIT, ground) as standing:
+        with stand(contender, ground, per_minute=1) as standing:
             values |= measure_refusals(standing, plan, [make_token("caller-0")], 429)
     for count in opens:
         with stand(contender, ground) as standing:
@@ -105,7 +93,7 @@ def main() -> int:
                 for contender, result in zip(chosen, results, strict=True):
                     _take(contender, result, ground, direct, plan, held)
                     gc.collect()
-    except TooFewCores as error:
+    except TooFewCoresError as error:
         print(error, file=sys.stderr)
         return 1
     report = Report(machine, asked.rounds, results, opens)
@@ -113,9 +101,7 @@ def main() -> int:
     return 0
 
 
-def _take(
-    contender: Contender, result: Result, ground: Ground, direct: Direct, plan: Plan, opens: list[int]
-) -> None:
+def _take(contender: Contender, result: Result, ground: Ground, direct: Direct, plan: Plan, opens: list[int]) -> None:
     if result.absent:
         return
     began = time.monotonic()
@@ -123,7 +109,7 @@ def _take(
         result.version, values = _measure(contender, ground, direct, plan, opens)
         result.add(values)
         said = f"{values.get('invoke_cpu_us', 0):.0f} µs per invoke, {values.get('event_cpu_us', 0):.1f} per event"
-    except Absent as error:
+    except AbsentError as error:
         result.absent = said = str(error)
     print(f"  {contender.key}: {said} ({time.monotonic() - began:.0f} s)", file=sys.stderr, flush=True)
 

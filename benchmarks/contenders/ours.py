@@ -1,19 +1,16 @@
 """agentflow-proxy itself, started by its command with the settings of a deployment and limits that never refuse.
 
-Also the two variants whose refusals are measured: a caller over the limit, and a wrong token.
+Refusals are measured on it too, with a wrong token and with a limit that is soon reached.
 """
 
 import os
 import subprocess
-from functools import partial
 
-from benchmarks.contenders.model import Absent, Contender, Launch, Place, plain_environment
+from benchmarks.contenders.model import AbsentError, Contender, Launch, Place, plain_environment
 from benchmarks.tokens import AGENT_SECRET, AUDIENCE, ISSUER, SECRET
 
-NEVER = "100000000/minute"
 
-
-def environment(place: Place, *, limit: str = NEVER) -> dict[str, str]:
+def environment(place: Place) -> dict[str, str]:
     """Give the settings of one proxy in front of the stub."""
     return plain_environment(
         PROXY_HOST="127.0.0.1",
@@ -23,21 +20,21 @@ def environment(place: Place, *, limit: str = NEVER) -> dict[str, str]:
         PROXY_JWT_SECRET=SECRET,
         PROXY_JWT_ISSUER=ISSUER,
         PROXY_JWT_AUDIENCE=AUDIENCE,
-        PROXY_RATE_LIMIT=limit,
+        PROXY_RATE_LIMIT=f"{place.per_minute}/minute",
         PROXY_AUTH_FAILURE_LIMIT="off",
         PROXY_POOL_CONNECTIONS="16384",
     )
 
 
-def _prepare(limit: str, place: Place) -> Launch:
+def _prepare(place: Place) -> Launch:
     command = place.ours
     if not command.exists():
-        raise Absent("its command is not installed; make it with `make dev`")
+        raise AbsentError("its command is not installed; make it with `make dev`")
     version = _describe(command.parent.parent.parent)
     return Launch(
         version=version,
         commands=((os.fspath(command), "serve"),),
-        environment=environment(place, limit=limit),
+        environment=environment(place),
         invoke="/agent/invoke",
         stream="/agent/stream",
     )
@@ -53,7 +50,6 @@ OURS = Contender(
     "ours",
     "agentflow-proxy",
     "everything on: JWT, tenancy, limit with RateLimit headers, access line, metrics",
-    partial(_prepare, NEVER),
+    _prepare,
     ours=True,
 )
-OVER_LIMIT = Contender("ours-429", "agentflow-proxy, over the limit", "one request an hour", partial(_prepare, "1/hour"))

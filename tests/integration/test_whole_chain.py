@@ -95,13 +95,13 @@ def test_a_caller_streams(chain: Chain, kind: str) -> None:
 def test_a_thread_remembers(chain: Chain, kind: str) -> None:
     """What was said in a thread is known in it, and each caller has a thread of his own of one name."""
     with chain.client(kind) as client:
-        client.post("/agent/invoke", json={"text": f"I am {kind}", "thread_id": "support-42"})
-        recalled = client.post("/agent/invoke", json={"text": "[recall]", "thread_id": "support-42"})
+        client.post("/agent/invoke", json={"text": f"I am {kind}", "thread_id": "memory"})
+        recalled = client.post("/agent/invoke", json={"text": "[recall]", "thread_id": "memory"})
         listed = client.get("/agent/v1/threads").json()["data"]["threads"]
-        messages = client.get("/agent/v1/threads/support-42/messages")
+        messages = client.get("/agent/v1/threads/memory/messages")
 
     assert recalled.json()["data"]["messages"][-1]["content"][0]["text"] == f"I am {kind}"
-    assert [thread["thread_id"].rpartition("~")[2] for thread in listed].count("support-42") == 1
+    assert [thread["thread_id"].rpartition("~")[2] for thread in listed].count("memory") == 1
     assert messages.status_code == 200
 
 

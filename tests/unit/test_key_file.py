@@ -1,0 +1,121 @@
+"""The file of API keys that an operator writes: read whole, or refused with every fault in it."""
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.keys import StaticKeyStore, entry_text, parse_keys
+from proxy.model import StaticKey
+from proxy.operations import SCOPES
+
+DIGEST = "0123456789abcdef" * 4
+ALICE = StaticKey("AAAAAAAAAAAA", "alice", DIGEST, frozenset({"agent:invoke", "threads:read"}))
+BOB = StaticKey("BBBBBBBBBBBB", "bob.2_x-y", DIGEST, frozenset({"agent:ping"}))
+
+
+def _entry(
+    *, name: str = '"alice"', digest: str = f'"sha256:AAAAAAAAAAAA:{DIGEST}"', scopes: str = "[]", more: str = ""
+) -> str:
+    return f"[[keys]]\nname = {name}\ndigest = {digest}\nscopes = {scopes}\n{more}"
+
+
+def _written(key: StaticKey) -> str:
+    return entry_text(name=key.name, key_id=key.id, digest=key.digest, scopes=key.scopes)
+
+
+def test_entries_are_read_in_order() -> None:
+    """The text holds one table for each key, and comments are the operator's."""
+    text = "# ours\n" + _written(ALICE) + "\n" + _written(BOB)
+
+    keys = parse_keys(text)
+
+    assert keys == (ALICE, BOB)
+
+
+@given(
+    st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True),
+    st.from_regex(r"[0-9A-Za-z]{12}", fullmatch=True),
+    st.from_regex(r"[0-9a-f]{64}", fullmatch=True),
+    st.frozensets(st.sampled_from(sorted(SCOPES))),
+)
+def test_what_is_written_is_read(name: str, key_id: str, digest: str, scopes: frozenset[str]) -> None:
+    """An entry that the command prints means the key that it was printed for."""
+    text = entry_text(name=name, key_id=key_id, digest=digest, scopes=scopes)
+
+    keys = parse_keys(text)
+
+    assert keys == (StaticKey(key_id, name, digest, scopes),)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("keys", "not TOML"),
+        ("", "keys: Field required"),
+        ("keys = 1", "keys:"),
+        ("keys = []\nkey = 2", "key: Extra inputs are not permitted"),
+        (_entry(more="tier = 'gold'"), "keys.0.tier: Extra inputs"),
+        ("[[keys]]", "keys.0.name: Field required; keys.0.digest: Field required; keys.0.scopes: Field required"),
+        (_entry(name='""'), "keys.0.name"),
+        (_entry(name='"a b"'), "keys.0.name"),
+        (_entry(name='"-a"'), "keys.0.name"),
+        (_entry(name='"alice\\n"'), "keys.0.name"),
+        (_entry(name=f'"{"a" * 65}"'), "keys.0.name"),
+        (_entry(scopes='["agent:invoke", "agent:fix"]'), "unknown: agent:fix; known: agent:invoke"),
+        (_entry(scopes='"agent:invoke"'), "keys.0.scopes"),
+        (_entry(digest=f'"{DIGEST}"'), "must be sha256:"),
+        (_entry(digest=f'"sha256:AAAAAAAAAAAA:{DIGEST[1:]}"'), "must be sha256:"),
+        (_entry(digest=f'"sha256:AAAAAAAAAAAA:{DIGEST.upper()}"'), "must be sha256:"),
+        (_entry(digest=f'"sha256:AAAAAAAAAAA:{DIGEST}"'), "must be sha256:"),
+        (_entry(digest=f'"sha512:AAAAAAAAAAAA:{DIGEST}"'), "must be sha256:"),
+        (_entry(digest=f'" sha256:AAAAAAAAAAAA:{DIGEST}"'), "must be sha256:"),
+        (_written(ALICE) * 2, "two keys share their names"),
+        (_written(ALICE) + _written(ALICE).replace("alice", "bob"), "two keys share their ids"),
+        (_written(ALICE) + _written(BOB).replace("bob.2_x-y", "alice"), "two keys share their names"),
+    ],
+)
+def test_a_fault_is_named(text: str, told: str) -> None:
+    """What is not exactly a key file is refused, and the fault has a place."""
+    with pytest.raises(ValueError, match=re.escape(told)):
+        parse_keys(text)
+
+
+def test_a_digest_ends_where_it_ends() -> None:
+    """A line end after the digest would make a key that nothing ever matches; it is refused."""
+    text = _entry(digest=f'"sha256:AAAAAAAAAAAA:{DIGEST}\\n"')
+
+    with pytest.raises(ValueError, match="must be sha256:"):
+        parse_keys(text)
+
+
+def test_all_faults_are_named_at_once() -> None:
+    """One reading tells everything that has to be put right."""
+    text = _entry(name='"?"', scopes='["x"]') + _entry(digest='"y"')
+
+    with pytest.raises(ValueError, match="keys") as refused:
+        parse_keys(text)
+
+    for place in ("keys.0.name", "keys.0.scopes", "keys.1.digest"):
+        assert place in str(refused.value)
+
+
+@given(st.text())
+def test_any_text_is_keys_or_refused(text: str) -> None:
+    """No text fails in another way than by ValueError."""
+    try:
+        keys = parse_keys(text)
+    except ValueError:
+        return
+
+    assert keys == ()
+
+
+def test_a_store_finds_by_id_alone() -> None:
+    """A key is found by its whole id; by nothing else."""
+    store = StaticKeyStore([ALICE, BOB])
+
+    found = [store.find(key_id) for key_id in ("AAAAAAAAAAAA", "BBBBBBBBBBBB", "alice", "aaaaaaaaaaaa", "")]
+
+    assert found == [ALICE, BOB, None, None, None]

@@ -71,9 +71,8 @@ def _panel(results: Sequence[Result], key: str, title: str, left: int) -> list[s
         y = TOP + ROW * row + 8
         kind = " ours" if result.ours else ""
         x = place(spread.median)
-        lines.append(
-            f'<line class="range{kind}" x1="{place(spread.least):.1f}" x2="{place(spread.most):.1f}" y1="{y}" y2="{y}"/>'
-        )
+        ends = f'x1="{place(spread.least):.1f}" x2="{place(spread.most):.1f}" y1="{y}" y2="{y}"'
+        lines.append(f'<line class="range{kind}" {ends}/>')
         lines.append(f'<circle class="dot{kind}" cx="{x:.1f}" cy="{y}" r="5"/>')
         beside = max(x, place(spread.most)) + 10
         lines.append(f'<text class="small{kind}" x="{beside:.1f}" y="{y + 4}">{format_value(spread.median)}</text>')
@@ -85,8 +84,9 @@ def draw_chart(results: Sequence[Result], caption: str) -> str:
     shown = [result for result in results if result.spread(PANELS[0][0]) is not None]
     shown.sort(key=lambda result: spread.median if (spread := result.spread(PANELS[0][0])) else math.inf)
     height = TOP + ROW * len(shown) + 34
+    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         "<title>CPU per invoke and per streamed event, by proxy</title>",
         f"<style>{STYLE}</style>",
         '<text class="title" x="12" y="26">What a request costs: one worker on one core</text>',

@@ -1,8 +1,9 @@
 """The life of a request, in the order in which it meets the rooms of this house.
 
 1.  `observability`   gives it an id and a Record; whatever goes wrong further in becomes an answer here.
-2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keys`) or token (`tokens`);
-                      without a principal nothing else runs, and no byte of the body has been read.
+2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keycache`) or token (`tokens`);
+                      without a principal nothing else runs, and no byte of the body has been read. What is
+                      refused, and where keys are used from, goes into the `audit`.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
 5.  `limits`          charges the caller's quota, or refuses.
@@ -14,5 +15,6 @@
 11. `observability`   writes the access line.
 
 `listing` filters the one answer that is not passed on as it came. `model` and `errors` hold what travels;
+`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
 `settings`, `app`, `openapi`, `server`, `cli` and `dev` build the house and open the door.
 """

@@ -229,6 +229,18 @@ class Draining(Problem):
         return [(b"retry-after", b"1"), CLOSE]
 
 
+class KeyStoreDown(Problem):
+    """A key is not known here, and the store that may know it does not answer."""
+
+    status = 503
+    code = "key_store_down"
+    title = "Keys cannot be looked up"
+    type = REDUCED_CAPACITY
+
+    def headers(self) -> Headers:
+        return [(b"retry-after", b"5")]
+
+
 class PoolExhausted(Problem):
     """Every upstream connection is in use."""
 

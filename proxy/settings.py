@@ -3,6 +3,7 @@
 Reads the environment it is given and the files that it names; nothing else, and never later.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
@@ -21,11 +22,13 @@ from pydantic import (
 )
 
 from proxy.keys import parse_keys
-from proxy.model import Deadlines, StaticKey
+from proxy.model import Deadlines, StoredKey
 
 PREFIX: Final = "PROXY_"
 MIN_SECRET_BYTES: Final = 32
-SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys"})
+SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "database_url"})
+
+_DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 type Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -44,6 +47,12 @@ def _secret(value: object) -> object:
     return value
 
 
+def _database_url(value: object) -> object:
+    if isinstance(value, str) and _DATABASE.match(value) is None:
+        raise ValueError("must be sqlite+aiosqlite:///<file> or postgresql+asyncpg://<user>@<host>/<database>")
+    return value
+
+
 def _rate(value: str) -> str:
     if value != "off":
         try:
@@ -54,6 +63,7 @@ def _rate(value: str) -> str:
 
 
 type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
@@ -80,7 +90,12 @@ class Settings(BaseModel):
     jwt_issuer: Annotated[str | None, Field(min_length=1, description="the iss every token must have")] = None
     jwt_audience: Annotated[str | None, Field(min_length=1, description="the aud every token must have")] = None
     jwt_leeway_seconds: Annotated[float, Field(ge=0, le=300, description="clock skew forgiven")] = 10
-    api_keys: Annotated[tuple[StaticKey, ...], Field(description="[[keys]] in TOML")] = ()
+    api_keys: Annotated[tuple[StoredKey, ...], Field(description="[[keys]] in TOML")] = ()
+    database_url: Annotated[DatabaseUrl | None, Field(description="where keys are kept; unset: api_keys alone")] = None
+    key_store_grace_seconds: Annotated[
+        float, Field(ge=5, le=86_400, description="known keys go on for this long while the database is down")
+    ] = 300
+    audit_file: Annotated[Path | None, Field(description="gets the audit log; unset: with the other lines")] = None
     rate_limit: Annotated[Rate, Field(description="per caller")] = "60/minute"
     auth_failure_limit: Annotated[Rate, Field(description="failed credentials per address")] = "20/minute"
     legacy_rate_headers: Annotated[bool, Field(description="send X-RateLimit-… too")] = False
@@ -129,8 +144,8 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _someone_can_call(self) -> Self:
-        if self.jwt_secret is None and not self.api_keys:
-            raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE, or both")
+        if self.jwt_secret is None and self.database_url is None and not self.api_keys:
+            raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL")
         secrets = [
             s.get_secret_value() for s in (self.agent_secret, self.jwt_secret, self.thread_secret) if s is not None
         ]
@@ -153,8 +168,22 @@ class Settings(BaseModel):
         return Deadlines(min(self.connect_timeout_seconds, limit), limit, limit, limit)
 
 
+class KeySettings(BaseModel):
+    """What the commands that write keys need; the same variables as the proxy's own."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    database_url: DatabaseUrl
+    audit_file: Path | None = None
+
+
 def load(environment: Mapping[str, str]) -> Settings:
-    """Read the settings from `environment`. Raises SettingsError with every problem in it.
+    """Read the proxy's settings, see `load_as`."""
+    return load_as(Settings, environment)
+
+
+def load_as[Model: BaseModel](model: type[Model], environment: Mapping[str, str]) -> Model:
+    """Read `model`, whose fields are some of Settings', from `environment`. Raises SettingsError with every problem.
 
     An empty value counts as unset. A `PROXY_` name that is no setting is a problem: it is a misspelling.
     """
@@ -165,6 +194,8 @@ def load(environment: Mapping[str, str]) -> Settings:
         if not variable.startswith(PREFIX) or not environment[variable]:
             continue
         if (secret := name.removesuffix("_file")) != name and secret in SECRETS:
+            if secret not in model.model_fields:
+                continue
             if environment.get(PREFIX + secret.upper()):
                 problems.append(f"{variable}: set this or {PREFIX}{secret.upper()}, not both")
                 continue
@@ -179,7 +210,7 @@ def load(environment: Mapping[str, str]) -> Settings:
             problems.append(f"{variable}: is no setting; see docs/operations.md for the list")
     unread = {name for name, value in values.items() if value is None}
     try:
-        settings = Settings.model_validate(values)
+        settings = model.model_validate(values)
     except ValidationError as error:
         problems += [_sentence(fault) for fault in error.errors() if not unread & set(map(str, fault["loc"][:1]))]
     if problems:

@@ -322,6 +322,25 @@ def test_check_tells_every_problem_at_once(tmp_path: Path) -> None:
     assert not [secret for secret in ("hunter2", "short-and-secret", "Traceback") if secret in told]
 
 
+@pytest.mark.parametrize(
+    ("environment", "sentences"),
+    [
+        ({"PROXY_PORT": "http"}, ["PROXY_PORT: ", "nobody could call"]),
+        ({"PROXY_PORT": "http", "PROXY_JWT_SECRET": SECRET}, ["PROXY_PORT: ", "must differ"]),
+        ({"PROXY_AGENT_URL": "http://agent:99999", "PROXY_JWT_SECRET": SECRET[::-1]}, ["PROXY_AGENT_URL: "]),
+    ],
+)
+def test_check_overlooks_nothing_that_serve_would_stumble_over(
+    tmp_path: Path, environment: dict[str, str], sentences: list[str]
+) -> None:
+    """Faults between settings are told beside faults within one, and what would fail later is told now."""
+    ended = run(tmp_path, "check", PROXY_AGENT_SECRET=SECRET, **environment)
+
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 1
+    assert not [sentence for sentence in sentences if sentence not in told]
+
+
 def test_serve_refuses_what_check_refuses(tmp_path: Path) -> None:
     """Nothing is served from half a configuration."""
     ended = run(tmp_path, "serve", PROXY_AGENT_SECRET=SECRET)

@@ -1,123 +1,99 @@
-"""What each phase of our own request costs, in process: a slow phase names itself.
+"""What each phase of our own invoke costs, timed inside a running app: a slow phase names itself.
 
-Runs with the product's interpreter; `PHASES` follows `proxy.routes`, add a row where that gains a phase.
+Runs with the product's interpreter. `TIMED` follows `proxy.routes`: add a row where that gains a phase.
 """
 
 import asyncio
-import io
+import functools
+import inspect
+import logging
 import os
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import uvloop
 
+import proxy.routes
 from benchmarks.arena import stand_stub
-from benchmarks.contenders.model import NEVER, Place
+from benchmarks.contenders.model import Place
 from benchmarks.contenders.ours import environment
 from benchmarks.processes import choose_cores
-from benchmarks.tokens import AGENT_SECRET, AUDIENCE, ISSUER, SECRET, make_body, make_token
+from benchmarks.tokens import make_body, make_token
 from proxy.app import create_app
-from proxy.authorization import authorize
-from proxy.credentials import BearerToken, read_credential
-from proxy.forwarding import request_upstream
+from proxy.authentication import Authentication
 from proxy.limits import RateLimit
-from proxy.model import Principal, UpstreamRequest
-from proxy.operations import OPERATIONS
+from proxy.observability import Observability
 from proxy.relay import Relay
 from proxy.server import configure_logging
 from proxy.settings import Settings, load
-from proxy.tenancy import RunRules, bind_run, tag_of
-from proxy.tokens import InternalIdentity, TokenRules, TokenVerifier
-from proxy.upstream import Pool
+from proxy.tokens import InternalIdentity
 
 ROUNDS = 7
-FEW = 2_000
-MANY = 20_000
-INVOKE = next(row for row in OPERATIONS if row.path == "/agent/invoke")
+REQUESTS = 2_000
+BODY = make_body()
+
+TIMED: tuple[tuple[str, Any, str], ...] = (
+    ("authentication", Authentication, "_principal"),
+    ("policy: authorize", proxy.routes, "authorize"),
+    ("limit: the caller's tag", proxy.routes, "tag_of"),
+    ("limit: spend and its headers", RateLimit, "spend"),
+    ("body: read", proxy.routes, "read_body"),
+    ("tenancy: bind the body", proxy.routes, "bind_run"),
+    ("forward: internal identity", InternalIdentity, "token"),
+    ("forward: headers", proxy.routes, "request_upstream"),
+    ("relay: upstream and back", Relay, "relay"),
+    ("observability: access line", Observability, "_write_line"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """One row: what runs, whether it is a part of every invoke, and how to run it once."""
+class Clock:
+    """Adds up the CPU nanoseconds spent in each phase, less what reading the clock costs."""
 
-    name: str
-    every_time: bool
-    run: Callable[[], object]
+    def __init__(self) -> None:
+        self.spent: dict[str, int] = {}
+        start = time.thread_time_ns()
+        for _ in range(9_999):
+            time.thread_time_ns()
+        self.cost = (time.thread_time_ns() - start) // 10_000
 
+    def watch(self, label: str, owner: Any, name: str) -> None:  # noqa: ANN401  a module or a class
+        """Replace `owner.name` with itself, timed."""
+        inner = getattr(owner, name)
+        self.spent[label] = 0
 
-def measure(run: Callable[[], object], times: int) -> float:
-    """Give the µs of CPU of one call, the median of several loops."""
-    samples = []
-    for _ in range(ROUNDS):
-        start = time.process_time_ns()
-        for _ in range(times):
-            run()
-        samples.append((time.process_time_ns() - start) / times / 1000)
-    return median(samples)
+        def note(start: int) -> None:
+            self.spent[label] += time.thread_time_ns() - start - self.cost
 
+        @functools.wraps(inner)
+        def timed(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  whatever it wraps
+            start = time.thread_time_ns()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                note(start)
 
-def make_phases() -> tuple[list[Phase], UpstreamRequest]:
-    """Prepare every phase with the values that the one before it gives."""
-    token = make_token("caller-0")
-    headers = [
-        (b"host", b"127.0.0.1"),
-        (b"authorization", f"Bearer {token}".encode()),
-        (b"content-type", b"application/json"),
-        (b"accept", b"application/x-ndjson, application/json"),
-        (b"user-agent", b"bench"),
-    ]
-    verifier = TokenVerifier(TokenRules(SECRET, ISSUER, AUDIENCE, 10.0), time.time)
-    principal: Principal = verifier.verify(token)
-    permit = authorize(principal, INVOKE)
-    limit = RateLimit(f"{NEVER}/minute", "requests")
-    secret = AGENT_SECRET.encode()
-    tag = tag_of(principal.namespace, secret)
-    rules = RunRules(allow_system=False, max_recursion=50, standing_thread=False)
-    identity = InternalIdentity(AGENT_SECRET, issuer="agentflow-proxy", audience="agentflow", clock=time.time)
-    body, _ = bind_run(make_body(), tag=tag, rules=rules, new_name=lambda: uuid.uuid4().hex)
+        @functools.wraps(inner)
+        async def timed_awaited(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  as above
+            start = time.thread_time_ns()
+            try:
+                return await inner(*args, **kwargs)
+            finally:
+                note(start)
 
-    def authenticate() -> Principal | None:
-        credential = read_credential(headers)
-        return verifier.recall(credential.text) if isinstance(credential, BearerToken) else None
-
-    def forward() -> UpstreamRequest:
-        return request_upstream(
-            permit,
-            parameters={},
-            query=b"",
-            headers=headers,
-            body=body,
-            identity=identity.token(principal),
-            request_id=b"0" * 32,
-        )
-
-    phases = [
-        Phase("authentication: known token", True, authenticate),
-        Phase("authentication: new token", False, lambda: verifier.verify(token)),
-        Phase("policy: authorize", True, lambda: authorize(principal, INVOKE)),
-        Phase("limit: tag and spend", True, lambda: limit.spend(tag_of(principal.namespace, secret), 1)),
-        Phase("tenancy: bind the body", True, lambda: bind_run(make_body_once, tag=tag, rules=rules, new_name=str)),
-        Phase("forward: headers and identity", True, forward),
-    ]
-    return phases, forward()
-
-
-make_body_once = make_body()
+        setattr(owner, name, timed_awaited if inspect.iscoroutinefunction(inner) else timed)
 
 
 async def _discard(message: Any) -> None:  # noqa: ANN401  an ASGI message
     del message
 
 
-def _receiver(body: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
-    waiting = [{"type": "http.request", "body": body, "more_body": False}]
+def _receiver() -> Callable[[], Awaitable[dict[str, Any]]]:
+    waiting = [{"type": "http.request", "body": BODY, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
         if waiting:
@@ -129,6 +105,14 @@ def _receiver(body: bytes) -> Callable[[], Awaitable[dict[str, Any]]]:
 
 
 def _scope(token: str) -> dict[str, Any]:
+    headers = {
+        "host": "127.0.0.1",
+        "authorization": f"Bearer {token}",
+        "content-type": "application/json",
+        "accept": "application/x-ndjson, application/json",
+        "user-agent": "bench",
+        "content-length": str(len(BODY)),
+    }
     return {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -141,56 +125,48 @@ def _scope(token: str) -> dict[str, Any]:
         "root_path": "",
         "client": ("127.0.0.1", 50_000),
         "server": ("127.0.0.1", 8000),
-        "headers": [
-            (b"authorization", f"Bearer {token}".encode()),
-            (b"content-type", b"application/json"),
-            (b"accept", b"application/x-ndjson, application/json"),
-        ],
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
 
 
-async def _measure_awaited(run: Callable[[], Awaitable[object]]) -> float:
-    samples = []
-    for _ in range(ROUNDS):
-        start = time.process_time_ns()
-        for _ in range(FEW):
-            await run()
-        samples.append((time.process_time_ns() - start) / FEW / 1000)
-    return median(samples)
-
-
-async def measure_io(settings: Settings, request: UpstreamRequest) -> tuple[float, float]:
-    """Give the µs of relaying one answer from the stub, and of a whole request without the server around it."""
-    pool = Pool(settings.agent_url, most=16, most_idle=16, idle_seconds=60)
-    relay = Relay(pool)
-    deadlines = settings.run_deadlines()
-    alone = await _measure_awaited(lambda: relay.relay(request, deadlines, _receiver(b""), _discard))
-    pool.close()
+async def measure(settings: Settings, clock: Clock) -> tuple[dict[str, float], float]:
+    """Give the µs of CPU of each phase, and of a whole invoke without the server around it; medians of rounds."""
     app = create_app(settings)
     token = make_token("caller-0")
-    whole = await _measure_awaited(lambda: app(_scope(token), _receiver(make_body_once), _discard))
-    return alone, whole
+    samples: dict[str, list[float]] = {label: [] for label in clock.spent}
+    wholes = []
+    for _ in range(ROUNDS + 1):
+        before = dict(clock.spent)
+        start = time.thread_time_ns()
+        for _ in range(REQUESTS):
+            await app(_scope(token), _receiver(), _discard)
+        wholes.append((time.thread_time_ns() - start) / REQUESTS / 1000)
+        for label, spent in clock.spent.items():
+            samples[label].append((spent - before[label]) / REQUESTS / 1000)
+    return {label: median(values[1:]) for label, values in samples.items()}, median(wholes[1:])
 
 
 def main() -> int:
     """Print the table."""
     near, far = choose_cores()
-    configure_logging("info", io.StringIO() if "--no-line" in sys.argv else Path(os.devnull).open("w"))  # noqa: SIM115
-    phases, request = make_phases()
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, stand_stub(Path(name), near) as stub:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as name,
+        stand_stub(Path(name), near) as stub,
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+    ):
+        configure_logging("info", nowhere)
         os.sched_setaffinity(0, {far})
-        place = Place(Path(name), 0, stub.port, (0, 0), Path(name))
-        relay, whole = uvloop.run(measure_io(load(environment(place)), request))
-        known = relay
-        print(f"{'phase':<34} {'µs':>8} {'share':>7}")
-        for phase in phases:
-            spent = measure(phase.run, MANY if phase.every_time else FEW)
-            known += spent if phase.every_time else 0.0
-            share = f"{spent / whole:>7.0%}" if phase.every_time else f"{'once':>7}"
-            print(f"{phase.name:<34} {spent:>8.1f} {share}")
-        print(f"{'relay: upstream and back':<34} {relay:>8.1f} {relay / whole:>7.0%}")
-        print(f"{'rest: routing, access line':<34} {whole - known:>8.1f} {(whole - known) / whole:>7.0%}")
-        print(f"{'whole, without the server':<34} {whole:>8.1f} {1:>7.0%}")
+        settings = load(environment(Place(Path(name), 0, stub.port, (0, 0), Path(name))))
+        clock = Clock()
+        for label, owner, attribute in TIMED:
+            clock.watch(label, owner, attribute)
+        phases, whole = uvloop.run(measure(settings, clock))
+        logging.getLogger().handlers.clear()
+    rest = whole - sum(phases.values())
+    rows = [*phases.items(), ("rest: routing, ids, middleware", rest), ("whole, without the server", whole)]
+    print(f"{'phase':<32} {'CPU µs':>8} {'share':>6}")
+    for label, spent in rows:
+        print(f"{label:<32} {spent:>8.1f} {spent / whole:>6.0%}")
     return 0
 
 

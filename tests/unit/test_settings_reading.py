@@ -269,7 +269,7 @@ def test_an_empty_file_is_a_short_secret(name: str, tmp_path: Path) -> None:
     problems = problems_of(environment | {f"{variable}_FILE": str(tmp_path / "secret")})
 
     assert len(problems) == 1
-    assert problems[0].startswith(f"{variable}: must have at least 32 bytes")
+    assert problems[0].startswith(f"{variable}_FILE: must have at least 32 bytes")
 
 
 @pytest.mark.parametrize("value", ["s" * 32, "é" * 16])

@@ -19,7 +19,7 @@ from proxy.keys import entry_text, parse_keys
 from proxy.operations import OPERATIONS, SCOPES
 from proxy.server import build, configure_logging, listen
 from proxy.settings import SettingsError, describe, describe_environment, load
-from proxy.tokens import issue_token
+from proxy.tokens import MAX_SUBJECT_LENGTH, issue_token
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -98,6 +98,8 @@ def token(options: argparse.Namespace) -> int:
     rules = token_rules(load(os.environ))
     if rules is None:
         return _refuse(["PROXY_JWT_SECRET: is required to sign a token"])
+    if not 0 < len(options.subject) <= MAX_SUBJECT_LENGTH or not options.subject.isprintable():
+        return _refuse([f"--subject: must be 1 to {MAX_SUBJECT_LENGTH} printable characters"])
     _say(issue_token(rules, subject=options.subject, scopes=options.scopes, now=time.time(), lifetime=options.expires))
     return 0
 

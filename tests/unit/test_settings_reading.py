@@ -318,7 +318,9 @@ def test_two_spellings_of_one_setting_are_refused() -> None:
     assert [problem.split(":")[0] for problem in problems] == ["PROXY_Port"]
 
 
-@pytest.mark.parametrize("variable", ["PROXY_AGENT_SECRET", "PROXY_JWT_SECRET", "PROXY_THREAD_SECRET", "PROXY_API_KEYS"])
+@pytest.mark.parametrize(
+    "variable", ["PROXY_AGENT_SECRET", "PROXY_JWT_SECRET", "PROXY_THREAD_SECRET", "PROXY_API_KEYS"]
+)
 def test_a_secret_of_no_text_is_named(variable: str) -> None:
     """Bytes that are no UTF-8 come out of the environment as surrogates; they are one problem like any other."""
     problems = problems_of(LEAST | {variable: b"\xff".decode("utf-8", "surrogateescape") * 40})

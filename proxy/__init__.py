@@ -6,7 +6,7 @@
                       refused, and where keys are used from, goes into the `audit`.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `limits`          charges the caller's quota, or refuses.
+5.  `limits`          charges the caller's quota (`windows`), or refuses.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.

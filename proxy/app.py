@@ -58,7 +58,7 @@ def create_app(
     )
     app.router.routes += [
         *health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))),
-        *routes(_phases(settings, upstream or _pool(settings), clock)),
+        *routes(_phases(settings, upstream or make_pool(settings), clock)),
     ]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router))
@@ -114,7 +114,8 @@ def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) 
     )
 
 
-def _pool(settings: Settings) -> Pool:
+def make_pool(settings: Settings) -> Pool:
+    """Make the connections to the sidecar."""
     return Pool(
         settings.agent_url,
         most=settings.pool_connections,

@@ -25,7 +25,7 @@ from proxy.keystore import KeyRefusedError, SqlKeyStore
 from proxy.model import StoredKey
 from proxy.operations import SCOPES
 from proxy.server import MIGRATE_FIRST, JsonFormatter, configure_audit
-from proxy.settings import KeySettings, SettingsError, load_as
+from proxy.settings import SettingsError, load_key_settings
 
 PATIENCE: Final = 30.0
 DAY: Final = 86_400
@@ -163,7 +163,7 @@ def _running(command: Command) -> Callable[[argparse.Namespace], int]:
     """Give what runs a command on the store; a fault becomes a sentence and the status 1."""
 
     def run(options: argparse.Namespace) -> int:
-        settings = load_as(KeySettings, os.environ)
+        settings = load_key_settings(os.environ)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonFormatter())
         audit.log.handlers = [handler]

@@ -13,7 +13,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, Va
 from proxy.model import StoredKey
 from proxy.operations import SCOPES
 
-DIGEST_FORM: Final = re.compile(r"sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})")
+DIGEST_FORM: Final = re.compile(r"sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})", re.ASCII)
 _WORD: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _AMOUNT: Final = r"[1-9][0-9]{0,8}/([1-9][0-9]{0,3} ?)?(second|minute|hour|day)s?"
 _RATE: Final = rf"^(off|{_AMOUNT}(;{_AMOUNT}){{0,3}})$"

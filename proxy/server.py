@@ -19,12 +19,13 @@ from typing import Final, TextIO, override
 import uvicorn
 
 from proxy import audit
-from proxy.app import create_app
+from proxy.app import create_app, make_pool
 from proxy.errors import KeyStoreDown
 from proxy.keystore import SqlKeyStore
 from proxy.model import Lifecycle
 from proxy.observability import place_of
 from proxy.settings import Settings, SettingsError
+from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
@@ -92,10 +93,14 @@ class Server(uvicorn.Server):
         *,
         lifecycle: Lifecycle,
         background: Callable[[], AbstractAsyncContextManager[None]],
+        pool: Pool,
+        drain_delay: float,
         started: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
         self._background = background
+        self._pool = pool
+        self._drain_delay = drain_delay
         self._lifecycle = lifecycle
         self._started = started
 
@@ -121,8 +126,17 @@ class Server(uvicorn.Server):
         """Take no new work, and stop when what runs has finished; at the second call, stop at once."""
         self.force_exit = self._lifecycle.draining
         self._lifecycle.draining = True
-        self.should_exit = True
+        asyncio.get_running_loop().call_later(0 if self.force_exit else self._drain_delay, self._close)
         log.info("server.draining", extra={"fields": {"at_once": self.force_exit}})
+
+    def _close(self) -> None:
+        self.should_exit = True
+
+    @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._pool.close()
+        await asyncio.sleep(0)  # a transport closes in the loop's next turn
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -165,7 +179,8 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
     if settings.database_url is not None:
         require_schema(settings.database_url.get_secret_value())
     lifecycle = Lifecycle()
-    app = create_app(settings, lifecycle=lifecycle)
+    pool = make_pool(settings)
+    app = create_app(settings, upstream=pool, lifecycle=lifecycle)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -179,4 +194,11 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(settings.grace_seconds),
     )
-    return Server(config, lifecycle=lifecycle, background=app.state.background, started=started)
+    return Server(
+        config,
+        lifecycle=lifecycle,
+        background=app.state.background,
+        pool=pool,
+        drain_delay=settings.drain_delay_seconds,
+        started=started,
+    )

@@ -6,8 +6,7 @@ Reads the environment it is given and the files that it names; nothing else, and
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Final, Literal
 
 import limits
 from pydantic import (
@@ -18,7 +17,6 @@ from pydantic import (
     SecretStr,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
 from proxy.keys import parse_keys
@@ -26,8 +24,9 @@ from proxy.model import Deadlines, StoredKey
 
 PREFIX: Final = "PROXY_"
 MIN_SECRET_BYTES: Final = 32
+_ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
+_LAST_PORT: Final = 65_535
 SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "database_url"})
-
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 type Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -56,9 +55,11 @@ def _database_url(value: object) -> object:
 def _rate(value: str) -> str:
     if value != "off":
         try:
-            limits.parse_many(value)
-        except ValueError as error:
-            raise ValueError("must be `off` or amounts per window, such as 60/minute or 10/second;1000/day") from error
+            amounts = [item.amount for item in limits.parse_many(value)]
+        except ValueError:
+            amounts = []
+        if not amounts or min(amounts) < 1:
+            raise ValueError("must be `off` or amounts per window, such as 60/minute or 10/second;1000/day")
     return value
 
 
@@ -121,14 +122,16 @@ class Settings(BaseModel):
     grace_seconds: Annotated[
         float, Field(ge=0, le=3600, description="running answers may take this long after SIGTERM")
     ] = 30
+    drain_delay_seconds: Annotated[
+        float, Field(ge=0, le=60, description="after SIGTERM, /health/ready says 503 this long before the port closes")
+    ] = 0
     docs: Annotated[bool, Field(description="serve /docs and /openapi.json")] = True
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level logged")] = "info"
 
     @field_validator("agent_url")
     @classmethod
     def _is_origin(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or "@" in value:
+        if _ORIGIN.fullmatch(value) is None or not 0 < int(value.rstrip("/").rpartition(":")[2]) <= _LAST_PORT:
             raise ValueError("must be http://host:port, without a path")
         return value.rstrip("/")
 
@@ -141,17 +144,6 @@ class Settings(BaseModel):
     @classmethod
     def _are_keys(cls, value: object) -> object:
         return parse_keys(value) if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _someone_can_call(self) -> Self:
-        if self.jwt_secret is None and self.database_url is None and not self.api_keys:
-            raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL")
-        secrets = [
-            s.get_secret_value() for s in (self.agent_secret, self.jwt_secret, self.thread_secret) if s is not None
-        ]
-        if len(secrets) != len(set(secrets)):
-            raise ValueError("PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
-        return self
 
     def run_deadlines(self) -> Deadlines:
         """Give the deadlines of invoke and stream."""
@@ -178,51 +170,83 @@ class KeySettings(BaseModel):
 
 
 def load(environment: Mapping[str, str]) -> Settings:
-    """Read the proxy's settings, see `load_as`."""
-    return load_as(Settings, environment)
-
-
-def load_as[Model: BaseModel](model: type[Model], environment: Mapping[str, str]) -> Model:
-    """Read `model`, whose fields are some of Settings', from `environment`. Raises SettingsError with every problem.
+    """Read the settings from `environment`. Raises SettingsError with every problem in it.
 
     An empty value counts as unset. A `PROXY_` name that is no setting is a problem: it is a misspelling.
     """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for variable in sorted(environment):
-        name = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX) or not environment[variable]:
-            continue
-        if (secret := name.removesuffix("_file")) != name and secret in SECRETS:
-            if secret not in model.model_fields:
-                continue
-            if environment.get(PREFIX + secret.upper()):
-                problems.append(f"{variable}: set this or {PREFIX}{secret.upper()}, not both")
-                continue
-            try:
-                values[secret] = Path(environment[variable]).read_text(encoding="utf-8").strip()
-            except (OSError, ValueError) as error:
-                problems.append(f"{variable}: cannot be read: {_plain(error)}")
-                values[secret] = None
-        elif name in Settings.model_fields:
-            values[name] = environment[variable]
-        else:
-            problems.append(f"{variable}: is no setting; see docs/operations.md for the list")
-    unread = {name for name, value in values.items() if value is None}
+    values, variables, problems = _gather(environment)
+    unread = {name for name in variables if name not in values}
+    settings = None
     try:
-        settings = model.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems += [_sentence(fault) for fault in error.errors() if not unread & set(map(str, fault["loc"][:1]))]
-    if problems:
+        for fault in error.errors():
+            name = str(fault["loc"][0])
+            if name not in unread:
+                problems.append(f"{variables.get(name, PREFIX + name.upper())}: {_sentence(fault)}")
+    problems += _faults_between(values, set(variables))
+    if settings is None or problems:
         raise SettingsError(problems)
     return settings
 
 
+def load_key_settings(environment: Mapping[str, str]) -> KeySettings:
+    """Read from `environment` what the commands that write keys need, and nothing else. Raises SettingsError."""
+    own = {PREFIX + name.upper() + suffix for name in KeySettings.model_fields for suffix in ("", "_FILE")}
+    values, _, problems = _gather({name: value for name, value in environment.items() if name in own})
+    try:
+        return KeySettings.model_validate(values)
+    except ValidationError as error:
+        faults = (f"{PREFIX}{str(fault['loc'][0]).upper()}: {_sentence(fault)}" for fault in error.errors())
+        raise SettingsError(problems or list(faults)) from error
+
+
+def _gather(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Give the value of each setting, the variable that set it, and what could not be read."""
+    values: dict[str, str] = {}
+    variables: dict[str, str] = {}
+    problems: list[str] = []
+    for variable in sorted(name for name, value in environment.items() if name.startswith(PREFIX) and value):
+        name = variable.removeprefix(PREFIX).lower()
+        secret = name.removesuffix("_file")
+        if variable != variable.upper() or (name not in Settings.model_fields and secret not in SECRETS):
+            problems.append(f"{variable}: is no setting; see docs/operations.md for the list")
+        elif name in Settings.model_fields:
+            values[name], variables[name] = environment[variable], variable
+        elif secret in variables:
+            problems.append(f"{variable}: set this or {PREFIX}{secret.upper()}, not both")
+        else:
+            variables[secret] = variable
+            try:
+                values[secret] = Path(environment[variable]).read_text(encoding="utf-8").strip()
+            except (OSError, ValueError) as error:
+                problems.append(f"{variable}: cannot be read: {_plain(error)}")
+    return values, variables, problems
+
+
+def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
+    """Find what is wrong between settings, whatever is wrong with one of them."""
+    faults = []
+    has_keys = "api_keys" in given and _defines_keys(values.get("api_keys"))
+    if not {"jwt_secret", "database_url"} & given and not has_keys:
+        faults.append("settings: nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL")
+    secrets = [values[name] for name in ("agent_secret", "jwt_secret", "thread_secret") if name in values]
+    secrets = [secret for secret in secrets if len(secret.encode()) >= MIN_SECRET_BYTES]
+    if len(secrets) != len(set(secrets)):
+        faults.append("settings: PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
+    return faults
+
+
+def _defines_keys(text: str | None) -> bool:
+    """Say whether a key text defines keys, or is faulty, which is told elsewhere."""
+    try:
+        return text is None or bool(parse_keys(text))
+    except ValueError:
+        return True
+
+
 def _sentence(fault: Any) -> str:  # noqa: ANN401  pydantic's ErrorDetails
-    where = PREFIX + str(fault["loc"][0]).upper() if fault["loc"] else "settings"
-    if fault["type"] == "missing":
-        return f"{where}: is required"
-    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+    return "is required" if fault["type"] == "missing" else str(fault["msg"]).removeprefix("Value error, ")
 
 
 def _plain(error: Exception) -> str:
@@ -238,5 +262,17 @@ def describe(settings: Settings) -> dict[str, object]:
             value = [key.name for key in value]
         elif isinstance(value, SecretStr):
             value = f"set ({len(value.get_secret_value())} characters)"
+        shown[PREFIX + name.upper()] = value
+    return shown
+
+
+def describe_environment(environment: Mapping[str, str]) -> dict[str, object]:
+    """Give what `describe` would, as far as it can be told of an environment that has faults."""
+    values, _, _ = _gather(environment)
+    shown: dict[str, object] = {}
+    for name, field in Settings.model_fields.items():
+        value: object = values.get(name, None if field.is_required() else field.default)
+        if name in SECRETS and name in values:
+            value = f"set ({len(values[name])} characters)"
         shown[PREFIX + name.upper()] = value
     return shown

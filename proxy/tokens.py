@@ -17,6 +17,9 @@ from proxy.model import CredentialKind, Principal
 ALGORITHM: Final = "HS256"
 INTERNAL_LIFETIME: Final = 60
 """Seconds an internal token lives; one is reused for the first half."""
+_DAY: Final = 86_400
+_END_OF_TIME: Final = 253_402_300_800
+"""The year 10000, in Unix seconds."""
 MAX_SUBJECT_LENGTH: Final = 255
 _REMEMBERED: Final = 10_000
 
@@ -78,20 +81,38 @@ class TokenVerifier:
                 algorithms=[ALGORITHM],
                 issuer=rules.issuer,
                 audience=rules.audience,
-                leeway=rules.leeway,
-                options={"require": self._required, "verify_aud": rules.audience is not None},
+                options={
+                    "require": self._required,
+                    "verify_aud": rules.audience is not None,
+                    # Times are checked below, by our clock, and only as numbers.
+                    "verify_exp": False,
+                    "verify_nbf": False,
+                    "verify_iat": False,
+                },
             )
         except (jwt.PyJWTError, ValueError, TypeError, RecursionError, OverflowError) as error:
             raise CredentialInvalid(reason=type(error).__name__) from error
         if "crit" in decoded["header"]:  # RFC 7515 §4.1.11: we understand no extension
             raise CredentialInvalid(reason="crit")
         claims = decoded["payload"]
-        expires = claims["exp"]
-        if isinstance(expires, bool) or not isinstance(expires, int | float):
-            raise CredentialInvalid(reason="exp is not a number")
+        now = self._clock()
+        expires = _seconds(claims, "exp") + rules.leeway
+        if now >= expires:
+            raise CredentialInvalid(reason="expired")
+        for name in ("nbf", "iat"):
+            if name in claims and _seconds(claims, name) - rules.leeway > now:
+                raise CredentialInvalid(reason=f"{name} is in the future")
         principal = principal_of(claims)
-        self._proven.keep(_fingerprint(token), principal, min(expires, self._clock() + 86_400) + rules.leeway)
+        self._proven.keep(_fingerprint(token), principal, min(expires, now + _DAY))
         return principal
+
+
+def _seconds(claims: Mapping[str, object], name: str) -> float:
+    """Read a NumericDate (RFC 7519 §2): PyJWT would take one written as text."""
+    value = claims[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _END_OF_TIME:
+        raise CredentialInvalid(reason=f"{name} is no time")
+    return value
 
 
 def principal_of(claims: Mapping[str, object]) -> Principal:
@@ -103,7 +124,7 @@ def principal_of(claims: Mapping[str, object]) -> Principal:
     if not isinstance(subject, str) or not 0 < len(subject) <= MAX_SUBJECT_LENGTH or not subject.isprintable():
         raise CredentialInvalid(reason="sub is not printable text")
     issuer = claims.get("iss", "")
-    if not isinstance(issuer, str):
+    if not isinstance(issuer, str) or not issuer.isprintable():
         raise CredentialInvalid(reason="iss is not text")
     return Principal(
         subject=subject,
@@ -144,7 +165,7 @@ class InternalIdentity:
             who = {"user_id": user_id, "sub": principal.subject}
             times = {"iat": int(now), "exp": int(now) + INTERNAL_LIFETIME}
             signed = jwt.encode(who | times | self._fixed, self._secret, ALGORITHM).encode()
-            self._signed.keep(user_id, signed, now + INTERNAL_LIFETIME / 2)
+            self._signed.keep(user_id, signed, int(now) + INTERNAL_LIFETIME / 2)
         return signed
 
 

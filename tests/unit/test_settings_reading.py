@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.keys import entry_text
-from proxy.model import Deadlines, StaticKey
+from proxy.model import Deadlines, StoredKey
 from proxy.settings import SECRETS, Settings, SettingsError, describe, load
 
 AGENT = "agent-secret-of-enough-bytes-0001"
@@ -54,6 +54,8 @@ BAD: dict[str, list[str]] = {
     "pool_idle_seconds": SECONDS,
     "trusted_hops": ["-1", "17", "x"],
     "grace_seconds": ["-1", "3601", "nan"],
+    "drain_delay_seconds": ["-1", "61", "nan"],
+    "drain_delay_seconds": ["-1", "61", "nan"],
     "docs": ["perhaps"],
     "log_level": ["trace", "INFO"],
 }
@@ -109,7 +111,7 @@ def test_everything_can_be_set() -> None:
     )
 
     assert (settings.host, settings.port, settings.agent_url) == ("::", 0, "http://[::1]:9")
-    assert settings.api_keys == (StaticKey("AAAAAAAAAAAA", "ci", DIGEST, frozenset({"agent:invoke"})),)
+    assert settings.api_keys == (StoredKey("AAAAAAAAAAAA", "ci", DIGEST, frozenset({"agent:invoke"})),)
     assert settings.thread_secret is not None
     assert settings.thread_secret.get_secret_value() == THREAD
     assert (settings.rate_limit, settings.auth_failure_limit) == ("10/second;1000/day", "off")
@@ -269,7 +271,7 @@ def test_an_empty_file_is_a_short_secret(name: str, tmp_path: Path) -> None:
     problems = problems_of(environment | {f"{variable}_FILE": str(tmp_path / "secret")})
 
     assert len(problems) == 1
-    assert problems[0].startswith(f"{variable}: must have at least 32 bytes")
+    assert problems[0].startswith(f"{variable}_FILE: must have at least 32 bytes")
 
 
 @pytest.mark.parametrize("value", ["s" * 32, "é" * 16])
@@ -316,10 +318,22 @@ def test_two_spellings_of_one_setting_are_refused() -> None:
     assert [problem.split(":")[0] for problem in problems] == ["PROXY_Port"]
 
 
+@pytest.mark.parametrize(
+    "variable", ["PROXY_AGENT_SECRET", "PROXY_JWT_SECRET", "PROXY_THREAD_SECRET", "PROXY_API_KEYS"]
+)
+def test_a_secret_of_no_text_is_named(variable: str) -> None:
+    """Bytes that are no UTF-8 come out of the environment as surrogates; they are one problem like any other."""
+    problems = problems_of(LEAST | {variable: b"\xff".decode("utf-8", "surrogateescape") * 40})
+
+    assert [problem.split(":")[0] for problem in problems] == [variable]
+
+
 @given(
     st.dictionaries(
         st.sampled_from([f"PROXY_{name.upper()}" for name in Settings.model_fields] + ["PROXY_X", "PATH"]),
-        st.text(max_size=40) | st.sampled_from(["1", "off", "true", AGENT, JWT, KEYS, "60/minute", "http://a:1"]),
+        st.text(max_size=40)
+        | st.binary(max_size=40).map(lambda raw: raw.decode("utf-8", "surrogateescape"))
+        | st.sampled_from(["1", "off", "true", AGENT, JWT, KEYS, "60/minute", "http://a:1"]),
         max_size=6,
     )
 )

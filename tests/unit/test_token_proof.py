@@ -338,7 +338,7 @@ def test_a_proven_token_is_remembered_for_a_day_at_most() -> None:
 
     proven = proving.verify(token)
     recalled = []
-    for clock.now in (1_900_086_409, 1_900_086_410):
+    for clock.now in (1_900_086_399, 1_900_086_400):
         recalled.append(proving.recall(token))
 
     assert recalled == [proven, None]

@@ -214,13 +214,11 @@ class ClientLeft(ClientProblem):
     title = "The client left"
 
 
-# The proxy's own state.
-
-
 class Unavailable(Problem):
     """Not now; soon, perhaps."""
 
     status = 503
+    code = "unavailable"
     type = REDUCED_CAPACITY
 
     def headers(self) -> Headers:

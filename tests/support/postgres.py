@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import asyncpg  # type: ignore[import-untyped]
+
 DEADLINE = 60.0
 
 
@@ -50,6 +52,30 @@ class Postgres:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise PostgresStoppedError((self.directory / "log").read_text(errors="replace")[-4000:])
             time.sleep(0.05)
+
+    async def transactions(self) -> int:
+        """Ask how many transactions there have been, this one not counted."""
+        connection = await asyncpg.connect(host="127.0.0.1", port=self.port, user="proxy", database="postgres")
+        try:
+            await connection.execute("SELECT pg_stat_force_next_flush()")
+            return int(await connection.fetchval("SELECT sum(xact_commit + xact_rollback) FROM pg_stat_database"))
+        finally:
+            await connection.close()
+
+    def pause(self) -> None:
+        """Stop every one of its processes where it is: connections are taken, and nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them go on."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        assert self.process is not None
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for pid in (self.process.pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
     def kill(self) -> None:
         """End it and every one of its processes at once, mid-query or not."""

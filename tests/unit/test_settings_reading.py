@@ -15,6 +15,7 @@ JWT = "jwt-secret-of-more-than-32-bytes-0002"
 THREAD = "thread-secret-of-enough-bytes-000003"
 DIGEST = "0123456789abcdef" * 4
 KEYS = entry_text(name="ci", key_id="AAAAAAAAAAAA", digest=DIGEST, scopes=["agent:invoke"])
+VALUES = {"api_keys": KEYS, "database_url": "postgresql+asyncpg://proxy@db/keys"}
 LEAST = {"PROXY_AGENT_SECRET": AGENT, "PROXY_JWT_SECRET": JWT}
 SECONDS = ["0", "-1", "86401", "nan", "inf", "soon"]
 BAD: dict[str, list[str]] = {
@@ -36,6 +37,14 @@ BAD: dict[str, list[str]] = {
     "jwt_secret": ["short", "é" * 15],
     "jwt_leeway_seconds": ["-1", "301", "nan", "x"],
     "api_keys": ["x", "[[keys]]", KEYS.replace("agent:invoke", "agent:fix"), KEYS * 2],
+    "database_url": [
+        "keys.db",
+        "sqlite:///keys.db",
+        "sqlite+aiosqlite:///:memory:",
+        "sqlite+aiosqlite:///",
+        "postgres://x",
+    ],
+    "key_store_grace_seconds": ["4", "86401", "nan", "x"],
     "rate_limit": ["60", "Off", "-1/minute", "60/fortnight", "60/minute;", "off;60/minute", "sixty/minute"],
     "auth_failure_limit": ["20", "20/moon"],
     "legacy_rate_headers": ["maybe", "2"],
@@ -55,11 +64,10 @@ BAD: dict[str, list[str]] = {
     "trusted_hops": ["-1", "17", "x"],
     "grace_seconds": ["-1", "3601", "nan"],
     "drain_delay_seconds": ["-1", "61", "nan"],
-    "drain_delay_seconds": ["-1", "61", "nan"],
     "docs": ["perhaps"],
     "log_level": ["trace", "INFO"],
 }
-FREE = {"host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience"}
+FREE = {"host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "audit_file"}
 """Settings that any text may be given for."""
 CASES = [(f"PROXY_{name.upper()}", value) for name, values in BAD.items() for value in values]
 
@@ -213,7 +221,7 @@ def test_an_empty_value_is_unset(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(SECRETS))
 def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
     """Each secret is read from the file that is named, without the line end that files have."""
-    value = KEYS if name == "api_keys" else THREAD
+    value = VALUES.get(name, THREAD)
     (tmp_path / "secret").write_text(f"\n{value}\n")
     variable = f"PROXY_{name.upper()}"
 
@@ -228,7 +236,7 @@ def test_a_secret_is_given_once(name: str, tmp_path: Path) -> None:
     """By value and by file at the same time is refused: nobody could tell which counts."""
     (tmp_path / "secret").write_text(THREAD)
     variable = f"PROXY_{name.upper()}"
-    value = KEYS if name == "api_keys" else LEAST.get(variable, THREAD)
+    value = VALUES.get(name) or LEAST.get(variable, THREAD)
 
     problems = problems_of(LEAST | {variable: value, f"{variable}_FILE": str(tmp_path / "secret")})
 

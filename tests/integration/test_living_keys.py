@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -95,7 +96,7 @@ class Load:
             reply = await client.get("/agent/ping", headers={"X-API-Key": self.key})
             self.statuses[reply.status_code] = self.statuses.get(reply.status_code, 0) + 1
             if reply.status_code == 200:
-                self.last_let_in = time.monotonic()
+                self.last_let_in = time.time()
             await asyncio.sleep(0.01)
 
     async def grow(self, status: int, by: int = 20) -> None:
@@ -145,21 +146,21 @@ async def test_a_key_is_rotated_under_load_and_no_request_is_lost(operator: Oper
 
 
 async def test_a_revoked_key_ends_on_both_proxies_within_the_bound(operator: Operator) -> None:
-    """From the end of the command on, at most five seconds pass until the last request is let in anywhere."""
+    """From the moment it is revoked, as the audit log has it, the last request is let in within five seconds."""
     made = await asyncio.to_thread(operator.keys, "create", "--name", "revoked")
     async with proxies(2, operator) as running, Load(running, made["key"]).running() as load:
         await load.grow(200)
         await asyncio.to_thread(operator.keys, "revoke", "revoked")
-        ended = time.monotonic()
         async with asyncio.timeout(30):
             while [await status_of(proxy, made["key"]) for proxy in running] != [401, 401]:
                 await asyncio.sleep(0.01)
         await load.grow(401, by=200)
-        last = load.last_let_in
+    (line,) = [line for line in operator.audited() if line["event"] == "key.revoked"]
+    late = load.last_let_in - datetime.fromisoformat(line["time"]).timestamp()
 
-    print(f"let in until {max(last - ended, 0):.2f} s after the command ended")
+    print(f"the last request was let in {late:.2f} s after the key was revoked")
     assert set(load.statuses) == {200, 401}
-    assert last - ended <= BOUND
+    assert late <= BOUND
 
 
 async def test_a_grace_ends_by_itself(operator: Operator) -> None:
@@ -183,7 +184,7 @@ async def test_a_store_that_dies_under_load(operator: Operator, postgres: Postgr
     async with proxies(1, operator) as (proxy,), Load([proxy], made["key"]).running() as load:
         await load.grow(200)
         await asyncio.to_thread(postgres.kill)
-        killed = time.monotonic()
+        killed = time.time()
         try:
             async with asyncio.timeout(30):
                 while "key_store.lost" not in events(proxy):
@@ -240,25 +241,24 @@ async def test_a_store_that_hangs_is_down_too(operator: Operator, postgres: Post
 async def test_guessing_does_not_load_the_database(operator: Operator, postgres: Postgres) -> None:
     """A thousand different keys that were never made, over thirty connections: a bounded number of queries.
 
-    Postgres counts its transactions itself; each proxy may make 50 look-ups a second and one reading of changes.
+    Postgres logs every statement. A proxy makes at most 50 look-ups a second, and none for what it has asked before.
     """
     guesses = [make_key(secrets.choice) for _ in range(1000)]
     async with proxies(1, operator) as (proxy,), httpx.AsyncClient(base_url=proxy.url, timeout=60) as client:
-        before, began = await postgres.transactions(), time.monotonic()
+        before, began = postgres.statements("FROM api_keys"), time.monotonic()
 
         async def guess(part: list[str]) -> set[int]:
             return {(await client.get("/agent/ping", headers={"X-API-Key": key})).status_code for key in part}
 
         outcomes = await asyncio.gather(*(guess(guesses[n::30]) for n in range(30)))
-        seconds, spent = time.monotonic() - began, await postgres.transactions() - before
-        again = time.monotonic()
+        seconds, asked = time.monotonic() - began, postgres.statements("FROM api_keys") - before
         await asyncio.gather(*(guess(guesses[n::30]) for n in range(30)))
-        second_round, repeated = time.monotonic() - again, await postgres.transactions() - before - spent
+        repeated = postgres.statements("FROM api_keys") - before - asked
 
-    print(f"1000 guesses in {seconds:.2f} s: {spent} transactions; again in {second_round:.2f} s: {repeated}")
+    print(f"1000 guesses in {seconds:.2f} s: {asked} queries; the same again: {repeated}")
     assert set().union(*outcomes) == {401}
-    assert spent <= 51 * (seconds + 2)
-    assert repeated <= 2 * (second_round + 3)
+    assert 0 < asked <= 50 * seconds + 2
+    assert repeated == 0
 
 
 async def test_the_audit_log_tells_who_did_what_and_no_secret(operator: Operator) -> None:

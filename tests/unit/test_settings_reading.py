@@ -54,6 +54,7 @@ BAD: dict[str, list[str]] = {
     "pool_idle_seconds": SECONDS,
     "trusted_hops": ["-1", "17", "x"],
     "grace_seconds": ["-1", "3601", "nan"],
+    "drain_delay_seconds": ["-1", "61", "nan"],
     "docs": ["perhaps"],
     "log_level": ["trace", "INFO"],
 }

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Seque
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import aiosqlite
 import asyncpg  # type: ignore[import-untyped]
 import sqlalchemy as sql
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
@@ -184,6 +185,21 @@ def _key_of(row: dict[str, Any]) -> StoredKey:
 
 
 def _engine(url: str, patience: float) -> AsyncEngine:
-    connect = {"timeout": patience}  # asyncpg: to connect; sqlite3: for another's lock
+    address = sql.make_url(url)
     options: dict[str, Any] = {"pool_size": _CONNECTIONS, "max_overflow": 0, "pool_timeout": patience}
-    return create_async_engine(url, connect_args=connect, pool_pre_ping=True, hide_parameters=True, **options)
+    if address.get_backend_name() == "sqlite":
+        options["async_creator"] = lambda: _open_file(address.database or "", patience)
+    else:
+        options["connect_args"] = {"timeout": patience}
+    return create_async_engine(address, pool_pre_ping=True, hide_parameters=True, **options)
+
+
+async def _open_file(path: str, patience: float) -> aiosqlite.Connection:
+    """Open SQLite's file; wait up to `patience` seconds for another's lock."""
+    connection = aiosqlite.connect(path, timeout=patience)
+    try:
+        return await connection
+    except BaseException:
+        # Its thread still has a word for this loop, and aiosqlite does not wait for it.
+        await asyncio.to_thread(connection._thread.join)  # noqa: SLF001  there is no public name
+        raise

@@ -41,6 +41,8 @@ class SettingsError(Exception):
 
 
 def _secret(value: object) -> object:
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError("must be printable text")
     if isinstance(value, str) and len(value.encode()) < MIN_SECRET_BYTES:
         raise ValueError(f"must have at least {MIN_SECRET_BYTES} bytes; make one with: openssl rand -base64 48")
     return value
@@ -231,7 +233,7 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
     if not {"jwt_secret", "database_url"} & given and not has_keys:
         faults.append("settings: nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL")
     secrets = [values[name] for name in ("agent_secret", "jwt_secret", "thread_secret") if name in values]
-    secrets = [secret for secret in secrets if len(secret.encode()) >= MIN_SECRET_BYTES]
+    secrets = [secret for secret in secrets if secret.isprintable() and len(secret.encode()) >= MIN_SECRET_BYTES]
     if len(secrets) != len(set(secrets)):
         faults.append("settings: PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
     return faults

@@ -191,7 +191,7 @@ class Ready:
         self._lacks = lacks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  ASGI
-        if self._lifecycle.draining:
+        if not self._lifecycle.ready:
             await _respond(send, 503, b'{"status":"draining"}')
         elif lack := self._lacks():
             await _respond(send, 503, b'{"status":"%b"}' % lack.encode())

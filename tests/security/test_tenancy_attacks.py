@@ -441,13 +441,20 @@ def test_a_stop_names_ones_own_thread(house: House, diary: Diary, spelling: str)
     assert [answer.status_code in (404, 422) for answer in answers[1:]] == [True, True]
 
 
-def slow_run(client: httpx.Client, name: str, stopper: httpx.Client, stopped: str) -> tuple[httpx.Response, str]:
-    """Stream a run that calls a tool after a while; once it has begun, have `stopper` stop the thread `stopped`."""
-    body = {"text": "[wait 400ms] [tool add 2 3]", "thread_id": name}
+def slow_run(
+    client: httpx.Client, name: str, stopper: httpx.Client, stopped: str, *, awaited: bool | None = None
+) -> tuple[httpx.Response, str]:
+    """Stream a run that calls a tool after a while; once it has begun, have `stopper` stop the thread `stopped`.
+
+    With `awaited`, stop again until the sidecar says so of `running`.
+    """
+    body = {"text": "[wait 900ms] [tool add 2 3]", "thread_id": name}
     with client.stream("POST", "/agent/stream", json=body) as stream:
         lines = stream.iter_lines()
         first = next(lines)
         answer = stopper.post("/agent/v1/graph/stop", json={"thread_id": stopped})
+        while awaited is not None and answer.json()["data"]["running"] is not awaited:
+            answer = stopper.post("/agent/v1/graph/stop", json={"thread_id": stopped})  # until its state is saved
         return answer, "\n".join([first, *lines])
 
 
@@ -464,7 +471,7 @@ def test_anothers_run_is_not_stopped(house: House, diary: Diary) -> None:
 
 def test_the_owner_stops_a_run(house: House, diary: Diary) -> None:
     """A stop takes effect before the next node: the tool is not called."""
-    answer, told = slow_run(house.alice, diary.name, house.alice, diary.name)
+    answer, told = slow_run(house.alice, diary.name, house.alice, diary.name, awaited=True)
 
     assert answer.json()["data"] == {"ok": True, "running": True}
     assert "tool_result" not in told

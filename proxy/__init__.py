@@ -16,5 +16,5 @@
 
 `listing` filters the one answer that is not passed on as it came. `model` and `errors` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings`, `app`, `openapi`, `server`, `cli` and `dev` build the house and open the door.
+`settings`, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev` build the house and open the door.
 """

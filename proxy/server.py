@@ -24,6 +24,7 @@ from proxy.errors import KeyStoreDown
 from proxy.keystore import SqlKeyStore
 from proxy.model import Lifecycle
 from proxy.observability import place_of
+from proxy.protocol import OneAtATime
 from proxy.settings import Settings, SettingsError
 from proxy.upstream import Pool
 
@@ -189,7 +190,7 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=OneAtATime,
         ws="none",
         lifespan="off",
         access_log=False,

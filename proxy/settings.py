@@ -26,6 +26,7 @@ PREFIX: Final = "PROXY_"
 MIN_SECRET_BYTES: Final = 32
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
 _LAST_PORT: Final = 65_535
+_LONGEST_WINDOW: Final = 366 * 86_400
 SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "database_url"})
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
@@ -57,7 +58,8 @@ def _database_url(value: object) -> object:
 def _rate(value: str) -> str:
     if value != "off":
         try:
-            amounts = [item.amount for item in limits.parse_many(value)]
+            items = limits.parse_many(value)
+            amounts = [item.amount if 0 < item.get_expiry() <= _LONGEST_WINDOW else 0 for item in items]
         except ValueError:
             amounts = []
         if not amounts or min(amounts) < 1:

@@ -8,7 +8,6 @@ from typing import Final, override
 import pydantic_core
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-
 _ANNOUNCE_A_BODY: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 

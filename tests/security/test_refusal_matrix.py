@@ -118,15 +118,28 @@ ABSENT: dict[str, Fields] = {
     "underscores": [("X_API_KEY", "abc")],
     "another name": [("X-Api-Token", "abc"), ("Api-Key", "abc")],
     "identity headers": [("X-Forwarded-User", "alice"), ("X-Remote-User", "alice"), ("X-User-Id", "alice")],
-    "websocket": [
-        ("Connection", "Upgrade"),
-        ("Upgrade", "websocket"),
-        ("Sec-WebSocket-Version", "13"),
-        ("Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="),
-        ("Sec-WebSocket-Protocol", "agentflow-bearer, abc"),
-    ],
     "overridden method": [("X-HTTP-Method-Override", "GET"), ("X-Original-URL", "/health/live")],
 }
+
+
+HANDSHAKE: Fields = [
+    ("Connection", "Upgrade"),
+    ("Upgrade", "websocket"),
+    ("Sec-WebSocket-Version", "13"),
+    ("Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA=="),
+    ("Sec-WebSocket-Protocol", "agentflow-bearer, abc"),
+]
+
+
+@ROWS
+def test_a_handshake_is_no_credential(house: House, row: Operation) -> None:
+    """A WebSocket's handshake needs a credential like any request, and with a body behind it is no request at all."""
+    answer = house.refused(written(row, HANDSHAKE))
+
+    if row.method == "POST":
+        assert answer.status == 400
+    else:
+        challenged(answer, 401, "credential_missing", NONE, path_of(row))
 
 
 @ROWS

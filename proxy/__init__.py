@@ -3,6 +3,9 @@
 1.  `observability`   gives it an id and a Record; whatever goes wrong further in becomes an answer here.
 2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keys`) or token (`tokens`);
                       without a principal nothing else runs, and no byte of the body has been read.
+                      A token is taken apart (`jose`), its signature proven with its issuer's keys (`issuers`,
+                      `publickeys`, `jwks`), its claims held to the issuer's rules (`claims`), and whether it was
+                      revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
 5.  `limits`          charges the caller's quota, or refuses.

@@ -6,6 +6,7 @@ Pure ASGI. Refuses by default, before routing and before a byte of the body is r
 from typing import Final
 
 from proxy.credentials import ApiKey, Credential, digests_match, parse_key, read_credential
+from proxy.delegation import act_for_named
 from proxy.errors import CredentialInvalid, CredentialMissing, Draining, MalformedCredential
 from proxy.limits import RateLimit, address_partition
 from proxy.model import (
@@ -40,13 +41,13 @@ class Authenticator:
             return self._principal_of_key(credential.text)
         return self._tokens.recall(credential.text) if self._tokens is not None else None
 
-    def prove(self, credential: Credential) -> Principal:
-        """Prove what was not recalled. Raises CredentialInvalid; the reason is for the log only."""
+    async def prove(self, credential: Credential) -> Principal:
+        """Prove what was not recalled. Raises CredentialInvalid, the reason for the log only, or a 503 Problem."""
         if isinstance(credential, ApiKey):
             raise CredentialInvalid(reason="unknown key" if parse_key(credential.text) else "not a key's form")
         if self._tokens is None:
             raise CredentialInvalid(reason="tokens are not configured")
-        return self._tokens.verify(credential.text)
+        return await self._tokens.prove(credential.text)
 
     def _principal_of_key(self, text: str) -> Principal | None:
         parts = parse_key(text)
@@ -77,12 +78,14 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in PUBLIC or scope["raw_path"] != scope["path"].encode():
             record: Record = scope[RECORD]
-            record.principal = self._principal(scope["headers"], record.address)
+            proven = await self._principal(scope["headers"], record.address)
+            record.principal = proven  # in the access line, whomever it acts for
+            record.principal = act_for_named(proven, scope["headers"])
             if self._lifecycle.draining:
                 raise Draining
         await self._app(scope, receive, send)
 
-    def _principal(self, headers: Headers, address: str) -> Principal:
+    async def _principal(self, headers: Headers, address: str) -> Principal:
         """Find and prove the credential; a failed one counts against its address.
 
         Once the address has spent its failures, what is not recalled is refused unproven: guessing then costs
@@ -93,11 +96,11 @@ class Authentication:
             if credential is None:
                 raise CredentialMissing
             known = self._authenticator.recall(credential)
-            return known if known is not None else self._prove(credential, address)
+            return known if known is not None else await self._prove(credential, address)
         except (MalformedCredential, CredentialInvalid):
             self._failures.spend(address_partition(address))
             raise
 
-    def _prove(self, credential: Credential, address: str) -> Principal:
+    async def _prove(self, credential: Credential, address: str) -> Principal:
         self._failures.require_room(address_partition(address))
-        return self._authenticator.prove(credential)
+        return await self._authenticator.prove(credential)

@@ -13,15 +13,15 @@ import time
 from collections.abc import Sequence
 
 from proxy import dev
-from proxy.app import token_rules
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text, parse_keys
-from proxy.operations import OPERATIONS, SCOPES
+from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES
 from proxy.server import build, configure_logging, listen
 from proxy.settings import SettingsError, describe, load
 from proxy.tokens import issue_token
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
+_SCOPES_HELP = f"separated by commas (all but {IMPERSONATE})"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -87,10 +87,13 @@ def new_key(options: argparse.Namespace) -> int:
 
 def token(options: argparse.Namespace) -> int:
     """Print a token that this deployment accepts."""
-    rules = token_rules(load(os.environ))
-    if rules is None:
+    settings = load(os.environ)
+    issuer = settings.own_issuer()
+    if issuer is None:
         return _refuse(["PROXY_JWT_SECRET: is required to sign a token"])
-    _say(issue_token(rules, subject=options.subject, scopes=options.scopes, now=time.time(), lifetime=options.expires))
+    if options.expires > settings.jwt_max_lifetime_seconds:
+        return _refuse(["--expires: is more than PROXY_JWT_MAX_LIFETIME_SECONDS; the token would be refused"])
+    _say(issue_token(issuer, subject=options.subject, scopes=options.scopes, now=time.time(), lifetime=options.expires))
     return 0
 
 
@@ -107,12 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
     made = keys.add_parser("new", help="print a new key and its entry for PROXY_API_KEYS_FILE")
     made.add_argument("--name", required=True)
-    made.add_argument("--scopes", type=_scopes, default=SCOPES, help="separated by commas (all)")
+    made.add_argument(
+        "--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP
+    )
     made.add_argument("--json", action="store_true")
     made.set_defaults(command=new_key)
     signed = commands.add_parser("token", help="print a JWT signed with PROXY_JWT_SECRET")
     signed.add_argument("--subject", required=True)
-    signed.add_argument("--scopes", type=_scopes, default=SCOPES, help="separated by commas (all)")
+    signed.add_argument(
+        "--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP
+    )
     signed.add_argument("--expires", type=_seconds, default=600, metavar="10m", help="s, m, h or d (10m)")
     signed.set_defaults(command=token)
     return parser

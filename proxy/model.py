@@ -31,6 +31,7 @@ class Principal:
     """A caller whose credential was proven.
 
     `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
+    `caller` is who is charged where that is not the namespace: a tenant's member, or who acts `on_behalf_of` a user.
     """
 
     subject: str
@@ -39,6 +40,13 @@ class Principal:
     scopes: frozenset[str]
     kind: CredentialKind
     tier: str = "default"
+    caller: str = ""
+    on_behalf_of: str | None = None
+
+    @property
+    def partition(self) -> str:
+        """Who this principal's quotas belong to."""
+        return self.caller or self.namespace
 
 
 @dataclass(frozen=True, slots=True)

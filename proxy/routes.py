@@ -137,8 +137,10 @@ class Endpoint:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
         permit = authorize(principal, self._operation)
-        tag = tag_of(principal.namespace, self._phases.thread_secret)
-        record.answer_fields = self._phases.rate.spend(tag, self._operation.cost)
+        secret = self._phases.thread_secret
+        tag = tag_of(principal.namespace, secret)
+        payer = tag_of(principal.caller, secret) if principal.caller else tag
+        record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
         await self._perform(permit, tag, scope, receive, send)
 
 

@@ -20,12 +20,22 @@ from pydantic import (
     model_validator,
 )
 
+from proxy.claims import ClaimNames, ClaimRules
+from proxy.issuers import (
+    MIN_SECRET_BYTES,
+    SHORT_SECRET,
+    Issuer,
+    IssuerEntry,
+    parse_issuers,
+    read_secrets,
+    shared_secret_issuer,
+)
 from proxy.keys import parse_keys
 from proxy.model import Deadlines, StaticKey
+from proxy.revocations import read_revocations
 
 PREFIX: Final = "PROXY_"
-MIN_SECRET_BYTES: Final = 32
-SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys"})
+SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "issuers"})
 
 type Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -40,7 +50,13 @@ class SettingsError(Exception):
 
 def _secret(value: object) -> object:
     if isinstance(value, str) and len(value.encode()) < MIN_SECRET_BYTES:
-        raise ValueError(f"must have at least {MIN_SECRET_BYTES} bytes; make one with: openssl rand -base64 48")
+        raise ValueError(SHORT_SECRET)
+    return value
+
+
+def _secrets(value: object) -> object:
+    if isinstance(value, str):
+        read_secrets(value)
     return value
 
 
@@ -54,6 +70,7 @@ def _rate(value: str) -> str:
 
 
 type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+type SecretList = Annotated[SecretStr, BeforeValidator(_secrets)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
@@ -76,10 +93,31 @@ class Settings(BaseModel):
     thread_secret: Annotated[
         Secret | None, Field(description="keys the thread tags; unset: derived from the agent secret")
     ] = None
-    jwt_secret: Annotated[Secret | None, Field(description="verifies callers' tokens (HS256)")] = None
+    jwt_secret: Annotated[
+        SecretList | None, Field(description="verifies callers' tokens (HS256); several: one a line, the newest last")
+    ] = None
     jwt_issuer: Annotated[str | None, Field(min_length=1, description="the iss every token must have")] = None
     jwt_audience: Annotated[str | None, Field(min_length=1, description="the aud every token must have")] = None
     jwt_leeway_seconds: Annotated[float, Field(ge=0, le=300, description="clock skew forgiven")] = 10
+    jwt_max_lifetime_seconds: Annotated[
+        float, Field(gt=0, le=1e9, description="longest time from a token's iat, or from now, to its exp")
+    ] = 366 * 86_400
+    jwt_max_age_seconds: Annotated[
+        float | None, Field(gt=0, le=1e9, description="longest time since a token's iat, which it then must have")
+    ] = None
+    jwt_tenant_claim: Annotated[str, Field(min_length=1, description="the claim that names a tenant")] = "tenant"
+    namespace: Annotated[
+        Literal["principal", "tenant"], Field(description="whose a token's threads are: its subject's or its tenant's")
+    ] = "principal"
+    issuers: Annotated[tuple[IssuerEntry, ...], Field(description="[[issuers]] in TOML")] = ()
+    jwks_refresh_seconds: Annotated[Seconds, Field(description="fetched keys are fetched again after this")] = 600
+    jwks_cooldown_seconds: Annotated[Seconds, Field(description="least time between two fetches of an issuer's")] = 10
+    jwks_timeout_seconds: Annotated[Seconds, Field(description="for a whole fetch of keys")] = 3
+    jwks_stale_seconds: Annotated[
+        Annotated[float, Field(gt=0, le=30 * 86_400)],
+        Field(description="keys count this long while their issuer cannot be reached"),
+    ] = 86_400
+    revocations_file: Annotated[Path | None, Field(description="revoked tokens and subjects, as JSON lines")] = None
     api_keys: Annotated[tuple[StaticKey, ...], Field(description="[[keys]] in TOML")] = ()
     rate_limit: Annotated[Rate, Field(description="per caller")] = "60/minute"
     auth_failure_limit: Annotated[Rate, Field(description="failed credentials per address")] = "20/minute"
@@ -127,16 +165,54 @@ class Settings(BaseModel):
     def _are_keys(cls, value: object) -> object:
         return parse_keys(value) if isinstance(value, str) else value
 
+    @field_validator("issuers", mode="before")
+    @classmethod
+    def _are_issuers(cls, value: object) -> object:
+        return parse_issuers(value) if isinstance(value, str) else value
+
+    @field_validator("revocations_file")
+    @classmethod
+    def _is_readable(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_revocations(value)
+        return value
+
     @model_validator(mode="after")
     def _someone_can_call(self) -> Self:
-        if self.jwt_secret is None and not self.api_keys:
-            raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE, or both")
-        secrets = [
-            s.get_secret_value() for s in (self.agent_secret, self.jwt_secret, self.thread_secret) if s is not None
-        ]
+        if self.jwt_secret is None and not self.issuers and not self.api_keys:
+            raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE or PROXY_API_KEYS_FILE")
+        issuers = self.token_issuers()
+        secrets = [s.get_secret_value() for s in (self.agent_secret, self.thread_secret) if s is not None]
+        secrets += (secret for issuer in issuers for secret in issuer.secrets)
         if len(secrets) != len(set(secrets)):
-            raise ValueError("PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
+            raise ValueError(
+                "PROXY_AGENT_SECRET, PROXY_JWT_SECRET, PROXY_THREAD_SECRET and issuers' secrets must differ"
+            )
+        if len({issuer.rules.issuer for issuer in issuers}) != len(issuers):
+            raise ValueError("PROXY_JWT_ISSUER and PROXY_ISSUERS_FILE name the same issuer")
         return self
+
+    def own_issuer(self) -> Issuer | None:
+        """Give the issuer of PROXY_JWT_…; None without PROXY_JWT_SECRET."""
+        if self.jwt_secret is None:
+            return None
+        return shared_secret_issuer(read_secrets(self.jwt_secret.get_secret_value()), self._claim_rules())
+
+    def token_issuers(self) -> tuple[Issuer, ...]:
+        """Give every issuer whose tokens count."""
+        own, rules = self.own_issuer(), self._claim_rules()
+        return (*((own,) if own is not None else ()), *(entry.build(rules) for entry in self.issuers))
+
+    def _claim_rules(self) -> ClaimRules:
+        return ClaimRules(
+            issuer=self.jwt_issuer,
+            audience=self.jwt_audience,
+            names=ClaimNames(tenant=(self.jwt_tenant_claim,)),
+            leeway=self.jwt_leeway_seconds,
+            max_age=self.jwt_max_age_seconds,
+            max_lifetime=self.jwt_max_lifetime_seconds,
+            namespace=self.namespace,
+        )
 
     def run_deadlines(self) -> Deadlines:
         """Give the deadlines of invoke and stream."""
@@ -205,6 +281,8 @@ def describe(settings: Settings) -> dict[str, object]:
         value = getattr(settings, name)
         if name == "api_keys":
             value = [key.name for key in value]
+        elif name == "issuers":
+            value = [entry.issuer for entry in value]
         elif isinstance(value, SecretStr):
             value = f"set ({len(value.get_secret_value())} characters)"
         shown[PREFIX + name.upper()] = value

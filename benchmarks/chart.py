@@ -14,10 +14,10 @@ LABEL = 230
 PANEL = 270
 GAP = 40
 ROW = 26
-TOP = 92
-PANELS = (("invoke_cpu_us", "CPU per invoke"), ("event_cpu_us", "CPU per streamed event"))
+TOP = 84
+PANELS = (("invoke_cpu_us", "CPU per invoke, 16 in flight"), ("event_cpu_us", "CPU per streamed event"))
 STYLE = """
-  text { font: 13px system-ui, -apple-system, "Segoe UI", sans-serif; fill: #57606a }
+  text { font-family: system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; font-size: 13px; fill: #57606a }
   .title { font-size: 16px; font-weight: 600; fill: #24292f }
   .head { font-weight: 600; fill: #24292f }
   .small { font-size: 11px }
@@ -34,9 +34,9 @@ STYLE = """
 
 
 def format_value(value: float) -> str:
-    """Write microseconds shortly: 12.3 µs, 430 µs, 36 ms."""
-    if value >= 10_000:
-        return f"{value / 1000:,.0f} ms"
+    """Write microseconds shortly: 12.3 µs, 430 µs, 1.3 ms, 36 ms."""
+    if value >= 1000:
+        return f"{value / 1000:,.{0 if value >= 10_000 else 1}f} ms"
     return f"{value:,.0f} µs" if value >= 100 else f"{value:.1f} µs"
 
 
@@ -58,7 +58,7 @@ def _panel(results: Sequence[Result], key: str, title: str, left: int) -> list[s
     def place(value: float) -> float:
         return left + plot * (math.log10(max(value, 10.0**low)) - low) / (high - low)
 
-    lines = [f'<text class="head" x="{left}" y="{TOP - 34}">{escape(title)}</text>']
+    lines = [f'<text class="head" x="{left}" y="{TOP - 32}">{escape(title)}</text>']
     for power in range(low, high + 1):
         x = place(10.0**power)
         lines.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{bottom - 6}"/>')
@@ -71,9 +71,8 @@ def _panel(results: Sequence[Result], key: str, title: str, left: int) -> list[s
         y = TOP + ROW * row + 8
         kind = " ours" if result.ours else ""
         x = place(spread.median)
-        lines.append(
-            f'<line class="range{kind}" x1="{place(spread.least):.1f}" x2="{place(spread.most):.1f}" y1="{y}" y2="{y}"/>'
-        )
+        ends = f'x1="{place(spread.least):.1f}" x2="{place(spread.most):.1f}" y1="{y}" y2="{y}"'
+        lines.append(f'<line class="range{kind}" {ends}/>')
         lines.append(f'<circle class="dot{kind}" cx="{x:.1f}" cy="{y}" r="5"/>')
         beside = max(x, place(spread.most)) + 10
         lines.append(f'<text class="small{kind}" x="{beside:.1f}" y="{y + 4}">{format_value(spread.median)}</text>')
@@ -85,8 +84,9 @@ def draw_chart(results: Sequence[Result], caption: str) -> str:
     shown = [result for result in results if result.spread(PANELS[0][0]) is not None]
     shown.sort(key=lambda result: spread.median if (spread := result.spread(PANELS[0][0])) else math.inf)
     height = TOP + ROW * len(shown) + 34
+    size = f'viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}"'
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
         "<title>CPU per invoke and per streamed event, by proxy</title>",
         f"<style>{STYLE}</style>",
         '<text class="title" x="12" y="26">What a request costs: one worker on one core</text>',

@@ -42,7 +42,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--open", nargs="*", type=int, default=[1000, 5000], help="open streams; none: leave them out")
     parser.add_argument("--open-rounds", type=int, default=2, help="rounds in which streams are held open")
     parser.add_argument("--short", action="store_true", help="tiny rounds, for trying things out")
-    parser.add_argument("--out", type=Path, default=ROOT / ".bench" / "results", help="where the files go")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "bench", help="where the files go")
     parser.add_argument("--ours", type=Path, default=ROOT / ".venv" / "bin" / "agentflow-proxy")
     return parser.parse_args()
 

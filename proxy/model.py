@@ -122,8 +122,12 @@ class Exchange(Protocol):
     def headers(self) -> Headers:
         """The head's fields, names in lower case."""
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last byte has been read: the answer is whole."""
+
     async def read(self) -> bytes:
-        """Give the bytes that have arrived, at least one; `b""` only at the true end.
+        """Give the bytes that have arrived, at least one, or `b""` at the true end; then `ended` holds.
 
         Raises an upstream Problem when the answer was cut, broke the framing or missed a deadline.
         """

@@ -122,9 +122,9 @@ class Relay:
                         "headers": downstream_headers(exchange.headers),
                     }
                 )
-                while chunk := await exchange.read():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                while not exchange.ended:
+                    body = await exchange.read()
+                    await send({"type": "http.response.body", "body": body, "more_body": not exchange.ended})
             finally:
                 exchange.abandon(ClientLeft())
 
@@ -135,8 +135,8 @@ class Relay:
             try:
                 _require_trust(exchange)
                 body = bytearray()
-                while chunk := await exchange.read():
-                    body += chunk
+                while not exchange.ended:
+                    body += await exchange.read()
                     if len(body) > MAX_COLLECTED_BYTES:
                         raise UpstreamMalformed(reason="the answer is too long")
                 return exchange.status, bytes(body)

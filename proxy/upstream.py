@@ -98,6 +98,8 @@ class PooledExchange:
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._paused = False
+        self.ended = False
+        """See `model.Exchange.ended`."""
         self._active = self._loop.time()
         self._timer = self._loop.call_later(deadlines.first_byte, self._check_deadlines)
 
@@ -119,12 +121,12 @@ class PooledExchange:
     async def read(self) -> bytes:
         """See `model.Exchange.read`."""
         answer = self._answer
-        while not answer.waiting:
-            if answer.complete:
-                self._part(reusable=answer.persistent and not answer.surplus)
-                return b""
+        while not answer.waiting and not answer.complete:
             await self._more()
-        if self._paused and self._connection is not None:
+        if answer.complete:
+            self.ended = True
+            self._part(reusable=answer.persistent and not answer.surplus)
+        elif self._paused and self._connection is not None:
             self._paused = False
             self._connection.resume()
         self._active = self._loop.time()
@@ -186,6 +188,8 @@ class PooledExchange:
         self._timer.cancel()
         connection, self._connection = self._connection, None
         if connection is not None:
+            if self._paused:
+                connection.resume()
             connection.end(reusable=reusable)
 
     def _check_deadlines(self) -> None:

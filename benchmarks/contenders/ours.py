@@ -49,7 +49,7 @@ def _describe(tree: os.PathLike[str]) -> str:
 OURS = Contender(
     "ours",
     "agentflow-proxy",
-    "everything on: JWT, tenancy, limit with RateLimit headers, access line, metrics",
+    "everything on: JWT, tenancy, limit with RateLimit headers, access line",
     _prepare,
     ours=True,
 )

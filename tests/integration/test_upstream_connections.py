@@ -313,6 +313,26 @@ async def test_a_reader_that_is_slow_holds_upstream_back() -> None:
         assert total == 2000 * 65_536
 
 
+async def test_a_connection_that_was_held_back_serves_the_next_request() -> None:
+    """An answer that filled the bound before anybody read it leaves its connection reading again."""
+    large = b"x" * (MAX_WAITING_BYTES * 3)
+
+    async def talk(line: Line) -> None:
+        while await line.request():
+            await line.write(answer(large))
+
+    async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
+        for _ in range(3):
+            exchange = await pool.begin(REQUEST, PATIENT)
+            await asyncio.sleep(0.02)  # let it arrive unread
+            body = b""
+            while not exchange.ended:
+                body += await exchange.read()
+            assert body == large
+
+        assert upstream.accepted == 1
+
+
 async def test_cancelling_a_request_gives_its_place_back_and_closes_upstream() -> None:
     """Cancelled while waiting for a head or a body, an exchange leaves no connection behind."""
     gone: list[int] = []

@@ -53,6 +53,7 @@ class FakeExchange:
     status: int = 200
     headers: Headers = field(default_factory=lambda: [(b"content-type", b"text/event-stream")])
     abandoned: Exception | None = None
+    ended: bool = False
 
     async def read(self) -> bytes:
         while self.parts:
@@ -62,6 +63,7 @@ class FakeExchange:
             if isinstance(part, bytes):
                 return part
             await part()
+        self.ended = True
         return b""
 
     def abandon(self, reason: Exception) -> None:

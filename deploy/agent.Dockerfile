@@ -1,0 +1,27 @@
+# Built from the repository's root: docker build -f deploy/agent.Dockerfile .
+FROM python:3.13-slim AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+RUN ["python", "-m", "venv", "--without-pip", "/opt/venv"]
+COPY requirements/agent.txt requirements/
+# --only-binary: nothing that is downloaded gets to run its own set-up code.
+RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--require-hashes", "--only-binary", ":all:", "-r", "requirements/agent.txt"]
+COPY pyproject.toml README.md LICENSE ./
+COPY agent_service agent_service
+RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--no-deps", "--compile", "."]
+
+FROM python:3.13-slim
+ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HOME=/tmp
+# An empty volume takes its owner from here.
+RUN ["install", "-d", "-m", "0700", "-o", "10002", "-g", "10002", "/data"]
+COPY --from=build /opt/venv /opt/venv
+COPY agent_service/agentflow.json /etc/agentflow/agentflow.json
+COPY --chmod=0755 deploy/agent-entrypoint.sh /usr/local/bin/agent-entrypoint
+WORKDIR /tmp
+USER 10002:10002
+EXPOSE 8001
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8001/ping', timeout=3)"]
+ENTRYPOINT ["agent-entrypoint"]
+CMD ["agentflow", "api", "--no-reload", "--host", "0.0.0.0", "--port", "8001", "--config", "/etc/agentflow/agentflow.json"]

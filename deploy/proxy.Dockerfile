@@ -1,0 +1,22 @@
+# Built from the repository's root: docker build -f deploy/proxy.Dockerfile .
+FROM python:3.13-slim AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+WORKDIR /src
+RUN ["python", "-m", "venv", "--without-pip", "/opt/venv"]
+COPY requirements/proxy.txt requirements/
+# --only-binary: nothing that is downloaded gets to run its own set-up code.
+RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--require-hashes", "--only-binary", ":all:", "-r", "requirements/proxy.txt"]
+COPY pyproject.toml README.md LICENSE ./
+COPY proxy proxy
+RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--no-deps", "--compile", "."]
+
+FROM python:3.13-slim
+ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HOME=/tmp
+COPY --from=build /opt/venv /opt/venv
+WORKDIR /tmp
+USER 10001:10001
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health/live', timeout=3)"]
+CMD ["agentflow-proxy", "serve"]

@@ -22,9 +22,9 @@ from proxy.model import Lifecycle, Upstream
 from proxy.observability import Observability
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
+from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
 from proxy.settings import Settings
-from proxy.revocations import RevocationFile
 from proxy.tenancy import RunRules
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool

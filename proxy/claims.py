@@ -87,8 +87,8 @@ def accept_claims(claims: Mapping[str, Any], rules: ClaimRules, now: float) -> C
 
 def _accept_issuer(claims: Mapping[str, Any], required: str | None) -> str:
     issuer = claims.get("iss", "")
-    if not isinstance(issuer, str) or ("iss" in claims and not issuer):
-        _refuse("iss is not text")
+    if not isinstance(issuer, str) or not issuer.isprintable():
+        _refuse("iss is not printable text")
     if required is not None and issuer != required:
         _refuse("iss is another")
     return issuer

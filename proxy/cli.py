@@ -110,16 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
     made = keys.add_parser("new", help="print a new key and its entry for PROXY_API_KEYS_FILE")
     made.add_argument("--name", required=True)
-    made.add_argument(
-        "--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP
-    )
+    made.add_argument("--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP)
     made.add_argument("--json", action="store_true")
     made.set_defaults(command=new_key)
     signed = commands.add_parser("token", help="print a JWT signed with PROXY_JWT_SECRET")
     signed.add_argument("--subject", required=True)
-    signed.add_argument(
-        "--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP
-    )
+    signed.add_argument("--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP)
     signed.add_argument("--expires", type=_seconds, default=600, metavar="10m", help="s, m, h or d (10m)")
     signed.set_defaults(command=token)
     return parser

@@ -17,7 +17,7 @@ MAX_TOKEN_BYTES: Final = 8192
 _PARTS: Final = 3
 _PART: Final = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 _REFUSED: Final = ("crit", "b64", "zip", "enc", "cty", "jku", "jwk", "x5u", "x5c")
-"""Parameters that change how a token is read, or bring its key along: neither is the caller's to say (RFC 8725 §3.10)."""
+"""Parameters that change how a token is read, or bring its key: neither is the caller's to say (RFC 8725 §3.10)."""
 _MAX_TEXT: Final = 255
 
 

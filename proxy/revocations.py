@@ -53,13 +53,16 @@ class Revocations(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RevocationList:
-    """Revocations that stay as they are."""
+    """Revocations that stay as they are; none, as it stands."""
 
     tokens: frozenset[tuple[str | None, str]] = frozenset()
     subjects: Mapping[tuple[str | None, str], float] = field(default_factory=dict)
 
+    def version(self) -> int:
+        return 0
+
     def covers(self, *, issuer: str, subject: str, token_id: str | None, issued: float | None) -> bool:
-        """Say whether a token with these claims is among them; one without `iat` counts as old."""
+        # A token that does not say when it was issued counts as old.
         if token_id is not None and not self.tokens.isdisjoint({(None, token_id), (issuer, token_id)}):
             return True
         before = max(self.subjects.get((who, subject), float("-inf")) for who in (None, issuer))
@@ -98,16 +101,6 @@ def read_revocations(path: Path) -> RevocationList:
     return parse_revocations(raw.decode("utf-8"))
 
 
-class NoRevocations:
-    """Where nothing can be revoked."""
-
-    def version(self) -> int:
-        return 0
-
-    def covers(self, *, issuer: str, subject: str, token_id: str | None, issued: float | None) -> bool:  # noqa: ARG002  the Protocol's
-        return False
-
-
 class RevocationFile:
     """A file's revocations, read again when it changed. Its last good content counts until it has a new one."""
 
@@ -136,7 +129,7 @@ class RevocationFile:
         try:
             self._list = read_revocations(self._path)
         except ValueError as error:
-            log.error("revocations.kept", extra={"fields": {"reason": str(error)}})
+            log.warning("revocations.kept", extra={"fields": {"reason": str(error)}})
             return
         self._version += 1
         log.info(

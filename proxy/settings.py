@@ -186,7 +186,7 @@ class Settings(BaseModel):
         secrets += (secret for issuer in issuers for secret in issuer.secrets)
         if len(secrets) != len(set(secrets)):
             raise ValueError(
-                "PROXY_AGENT_SECRET, PROXY_JWT_SECRET, PROXY_THREAD_SECRET and issuers' secrets must differ"
+                "PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ, issuers' secrets too"
             )
         if len({issuer.rules.issuer for issuer in issuers}) != len(issuers):
             raise ValueError("PROXY_JWT_ISSUER and PROXY_ISSUERS_FILE name the same issuer")

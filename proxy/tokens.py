@@ -16,7 +16,7 @@ from proxy.issuers import Issuer
 from proxy.jose import UnprovenToken, read_token
 from proxy.model import Principal
 from proxy.publickeys import KeySource, Signatures
-from proxy.revocations import NoRevocations, Revocations
+from proxy.revocations import RevocationList, Revocations
 
 ALGORITHM: Final = "HS256"
 INTERNAL_LIFETIME: Final = 60
@@ -60,7 +60,7 @@ class TokenVerifier:
         self._issuers = {issuer.rules.issuer: (issuer, keys) for issuer, keys in issuers}
         self._clock = clock
         self._signatures = Signatures()
-        self._revocations = revocations or NoRevocations()
+        self._revocations = revocations or RevocationList()
         self._proven: Memory[Principal] = Memory()
         self._version = self._revocations.version()
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.contenders.model import NEVER, ROOT, AbsentError, Contender, Launch, Place, plain_environment
 from benchmarks.load import drive_invokes, until_ready
-from benchmarks.processes import Group, find_ports
+from benchmarks.processes import Group, end_cleanly, find_ports
 from benchmarks.tokens import make_body, make_request, make_tokens
 
 
@@ -53,6 +53,7 @@ class Ground:
 @contextmanager
 def stand_stub(directory: Path, core: int) -> Iterator[Standing]:
     """Run the stub on `core`, where this process goes too."""
+    end_cleanly()
     os.sched_setaffinity(0, {core})
     port = find_ports(1)[0]
     with Group(core, directory / "stub.log") as group:

@@ -8,6 +8,7 @@ import resource
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ def choose_cores() -> tuple[int, int]:
     if len(cores) < 2:
         raise TooFewCoresError("the benchmark needs two cores")
     return cores[0], cores[-1]
+
+
+def end_cleanly() -> None:
+    """Let SIGTERM end this process the way an exception does, so that what it started is stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def raise_file_limit() -> int:

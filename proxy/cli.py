@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from proxy import dev
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text, parse_keys
-from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES
+from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.server import build, configure_logging, listen
-from proxy.settings import SettingsError, describe, load
+from proxy.settings import Settings, SettingsError, describe, load
 from proxy.tokens import issue_token
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
@@ -58,12 +58,26 @@ def check(_: argparse.Namespace) -> int:
 
 
 def operations(_: argparse.Namespace) -> int:
-    """Print the table of what callers can reach."""
-    rows = [("METHOD", "PATH", "SCOPE"), *((row.method, row.path, row.scope) for row in OPERATIONS)]
-    width = max(len(path) for _, path, _ in rows)
-    for method, path, scope in rows:
-        _say(f"{method:<7} {path:<{width}} {scope}")
+    """Print the table of what callers can reach, with the limits that the environment sets, or else the usual ones."""
+    try:
+        settings = load(os.environ)
+    except SettingsError:
+        settings = Settings.model_construct()
+    rows = [("METHOD", "PATH", "SCOPE", "LIMITS")]
+    rows += [(row.method, row.path, row.scope, _limits(row, settings)) for row in OPERATIONS]
+    path, scope = (max(len(row[column]) for row in rows) for column in (1, 2))
+    for row in rows:
+        _say(f"{row[0]:<7} {row[1]:<{path}} {row[2]:<{scope}} {row[3]}")
     return 0
+
+
+def _limits(row: Operation, settings: Settings) -> str:
+    """Say what bounds an operation: what it takes of its caller's rate, its body, how long it may last."""
+    takes_body = row.kind in (Kind.RUN, Kind.CONTROL)
+    seconds = settings.total_timeout_seconds if row.kind is Kind.RUN else settings.query_timeout_seconds
+    rate = "no rate" if settings.rate_limit == "off" else f"{row.cost} of {settings.rate_limit}"
+    body = f"{settings.max_body_bytes} bytes" if takes_body else "no body"
+    return f"{rate}, {body}, {seconds:g} s"
 
 
 def new_key(options: argparse.Namespace) -> int:

@@ -229,18 +229,6 @@ class Draining(Problem):
         return [(b"retry-after", b"1"), CLOSE]
 
 
-class KeysUnavailable(Problem):
-    """An issuer's keys were never fetched, or too long ago: nothing can be said of its tokens."""
-
-    status = 503
-    code = "keys_unavailable"
-    title = "The credential cannot be proven now"
-    type = REDUCED_CAPACITY
-
-    def headers(self) -> Headers:
-        return [(b"retry-after", b"10")]
-
-
 class PoolExhausted(Problem):
     """Every upstream connection is in use."""
 
@@ -251,6 +239,13 @@ class PoolExhausted(Problem):
 
     def headers(self) -> Headers:
         return [(b"retry-after", b"1")]
+
+
+class KeysUnavailable(PoolExhausted):
+    """An issuer's keys were never fetched, or too long ago: nothing can be said of its tokens yet."""
+
+    code = "keys_unavailable"
+    title = "The credential cannot be proven now"
 
 
 # Upstream's fault.

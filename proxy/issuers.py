@@ -189,6 +189,16 @@ class IssuerFile(BaseModel):
     issuers: Annotated[tuple[IssuerEntry, ...], Field(max_length=100)]
 
 
+def read_issuers(path: Path) -> tuple[IssuerEntry, ...]:
+    """Read the issuers of a file. Raises ValueError that names every fault in it at once."""
+    try:
+        return parse_issuers(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("cannot be read: not UTF-8 text") from error
+
+
 def parse_issuers(text: str) -> tuple[IssuerEntry, ...]:
     """Read the issuers of a TOML text. Raises ValueError that names every fault in it at once."""
     try:

@@ -26,7 +26,7 @@ from proxy.issuers import (
     SHORT_SECRET,
     Issuer,
     IssuerEntry,
-    parse_issuers,
+    read_issuers,
     read_secrets,
     shared_secret_issuer,
 )
@@ -35,7 +35,7 @@ from proxy.model import Deadlines, StaticKey
 from proxy.revocations import read_revocations
 
 PREFIX: Final = "PROXY_"
-SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "issuers"})
+SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys"})
 
 type Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -109,7 +109,9 @@ class Settings(BaseModel):
     namespace: Annotated[
         Literal["principal", "tenant"], Field(description="whose a token's threads are: its subject's or its tenant's")
     ] = "principal"
-    issuers: Annotated[tuple[IssuerEntry, ...], Field(description="[[issuers]] in TOML")] = ()
+    issuers_file: Annotated[
+        tuple[IssuerEntry, ...], Field(description="[[issuers]] in TOML: any number of issuers")
+    ] = ()
     jwks_refresh_seconds: Annotated[Seconds, Field(description="fetched keys are fetched again after this")] = 600
     jwks_cooldown_seconds: Annotated[Seconds, Field(description="least time between two fetches of an issuer's")] = 10
     jwks_timeout_seconds: Annotated[Seconds, Field(description="for a whole fetch of keys")] = 3
@@ -165,10 +167,10 @@ class Settings(BaseModel):
     def _are_keys(cls, value: object) -> object:
         return parse_keys(value) if isinstance(value, str) else value
 
-    @field_validator("issuers", mode="before")
+    @field_validator("issuers_file", mode="before")
     @classmethod
     def _are_issuers(cls, value: object) -> object:
-        return parse_issuers(value) if isinstance(value, str) else value
+        return read_issuers(Path(value)) if isinstance(value, str) else value
 
     @field_validator("revocations_file")
     @classmethod
@@ -179,7 +181,7 @@ class Settings(BaseModel):
 
     @model_validator(mode="after")
     def _someone_can_call(self) -> Self:
-        if self.jwt_secret is None and not self.issuers and not self.api_keys:
+        if self.jwt_secret is None and not self.issuers_file and not self.api_keys:
             raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE or PROXY_API_KEYS_FILE")
         issuers = self.token_issuers()
         secrets = [s.get_secret_value() for s in (self.agent_secret, self.thread_secret) if s is not None]
@@ -201,7 +203,7 @@ class Settings(BaseModel):
     def token_issuers(self) -> tuple[Issuer, ...]:
         """Give every issuer whose tokens count."""
         own, rules = self.own_issuer(), self._claim_rules()
-        return (*((own,) if own is not None else ()), *(entry.build(rules) for entry in self.issuers))
+        return (*((own,) if own is not None else ()), *(entry.build(rules) for entry in self.issuers_file))
 
     def _claim_rules(self) -> ClaimRules:
         return ClaimRules(
@@ -281,7 +283,7 @@ def describe(settings: Settings) -> dict[str, object]:
         value = getattr(settings, name)
         if name == "api_keys":
             value = [key.name for key in value]
-        elif name == "issuers":
+        elif name == "issuers_file":
             value = [entry.issuer for entry in value]
         elif isinstance(value, SecretStr):
             value = f"set ({len(value.get_secret_value())} characters)"

@@ -128,7 +128,7 @@ class InternalIdentity:
             who = {"user_id": user_id, "sub": principal.subject}
             times = {"iat": int(now), "exp": int(now) + INTERNAL_LIFETIME}
             signed = jwt.encode(who | times | self._fixed, self._secret, ALGORITHM).encode()
-            self._signed.keep(whom, signed, now + INTERNAL_LIFETIME / 2)
+            self._signed.keep(whom, signed, int(now) + INTERNAL_LIFETIME / 2)
         return signed
 
 

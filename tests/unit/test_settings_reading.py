@@ -33,8 +33,17 @@ BAD: dict[str, list[str]] = {
     ],
     "agent_secret": ["short", "s" * 31],
     "thread_secret": ["short", "s" * 31],
-    "jwt_secret": ["short", "é" * 15],
+    "jwt_secret": ["short", "é" * 15, f"{JWT}\nshort", f"{JWT}\n{JWT}", "-----BEGIN PUBLIC KEY-----" + "x" * 30],
     "jwt_leeway_seconds": ["-1", "301", "nan", "x"],
+    "jwt_max_lifetime_seconds": ["0", "nan", "1e10", "x"],
+    "jwt_max_age_seconds": ["0", "nan", "1e10", "x"],
+    "namespace": ["Tenant", "user"],
+    "issuers_file": ["/nowhere", "/", "/dev/null"],
+    "jwks_refresh_seconds": SECONDS,
+    "jwks_cooldown_seconds": SECONDS,
+    "jwks_timeout_seconds": SECONDS,
+    "jwks_stale_seconds": ["0", "nan", "1e10", "x"],
+    "revocations_file": ["/nowhere", "/"],
     "api_keys": ["x", "[[keys]]", KEYS.replace("agent:invoke", "agent:fix"), KEYS * 2],
     "rate_limit": ["60", "Off", "-1/minute", "60/fortnight", "60/minute;", "off;60/minute", "sixty/minute"],
     "auth_failure_limit": ["20", "20/moon"],
@@ -57,7 +66,7 @@ BAD: dict[str, list[str]] = {
     "docs": ["perhaps"],
     "log_level": ["trace", "INFO"],
 }
-FREE = {"host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience"}
+FREE = {"host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "jwt_tenant_claim"}
 """Settings that any text may be given for."""
 CASES = [(f"PROXY_{name.upper()}", value) for name, values in BAD.items() for value in values]
 

@@ -287,7 +287,7 @@ def test_any_signed_claims_prove_a_subject_or_nothing(claims: dict[str, object])
 def test_one_changed_character_proves_nothing(choices: st.DataObject) -> None:
     """Header, payload and signature all count, to the last bit of them."""
     token = signed(CLAIMS)
-    place = choices.draw(st.integers(0, len(token) - 2))
+    place = choices.draw(st.integers(0, len(token) - 1))
     alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_."
     other = choices.draw(st.sampled_from(alphabet).filter(lambda letter: letter != token[place]))
 
@@ -352,7 +352,7 @@ def test_a_proven_token_is_remembered_for_a_day_at_most() -> None:
 
     proven = prove(proving, token)
     recalled = []
-    for clock.now in (1_900_086_409, 1_900_086_410):
+    for clock.now in (1_900_086_399, 1_900_086_400):
         recalled.append(proving.recall(token))
 
     assert recalled == [proven, None]

@@ -8,7 +8,7 @@
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `limits`          charges the caller's quota, or refuses.
+5.  `limits`          charges the caller's quota (`windows`), or refuses.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
@@ -17,5 +17,5 @@
 11. `observability`   writes the access line.
 
 `listing` filters the one answer that is not passed on as it came. `model` and `errors` hold what travels;
-`settings`, `app`, `openapi`, `server`, `cli` and `dev` build the house and open the door.
+`settings`, `tokensettings`, `app`, `openapi`, `server`, `cli` and `dev` build the house and open the door.
 """

@@ -13,8 +13,10 @@ from proxy.model import Headers
 
 MAX_HEAD_BYTES: Final = 65_536
 _BODYLESS: Final = frozenset({204, 304})
+_INFORMATIONAL: Final = 100
 _SWITCHING: Final = 101
 _FIRST_FINAL: Final = 200
+_BEYOND: Final = 600
 
 
 class Answer:
@@ -35,6 +37,7 @@ class Answer:
         """Bytes of body not yet taken."""
         self._chunks: deque[bytes] = deque()
         self._head_bytes = 0
+        self._named_bytes = 0
         self._parser: Any = httptools.HttpResponseParser(self)
 
     def feed(self, data: bytes) -> None:
@@ -76,16 +79,24 @@ class Answer:
             raise UpstreamMalformed(reason="a second answer")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value))
+        if self.begun:
+            return  # a trailer is no header field (RFC 9110 §6.5.1)
+        self._named_bytes += len(name) + len(value)
+        if self._named_bytes > MAX_HEAD_BYTES:
+            raise UpstreamMalformed(reason="the head is too long")
+        self.headers.append((name.lower(), value.strip(b" \t")))  # RFC 9110 §5.5
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
+        version = self._parser.get_http_version()
+        if version not in ("1.0", "1.1") or not _INFORMATIONAL <= status < _BEYOND:
+            raise UpstreamMalformed(reason="not HTTP/1.1")
         if status == _SWITCHING:
             raise UpstreamMalformed(reason="switched protocols")
         if status < _FIRST_FINAL:  # 100 Continue, 103 Early Hints: RFC 9110 §15.2
             self.headers = []
             return
-        if not is_framed(status, self.headers):
+        if not is_framed(status, self.headers, version=version):
             raise UpstreamMalformed(reason="neither one length nor chunks")
         self.status = status
         self.begun = True
@@ -99,7 +110,7 @@ class Answer:
         self.complete = self.begun  # an informational answer is not the end
 
 
-def is_framed(status: int, headers: Headers) -> bool:
+def is_framed(status: int, headers: Headers, *, version: str = "1.1") -> bool:
     """Say whether an answer's end can be told from a cut: chunked, or exactly one length (RFC 9112 §6.3).
 
     One that ends with its connection is refused, because cut off it would look complete.
@@ -107,5 +118,5 @@ def is_framed(status: int, headers: Headers) -> bool:
     codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
     lengths = [value for name, value in headers if name == b"content-length"]
     if codings:
-        return codings == [b"chunked"] and not lengths
+        return codings == [b"chunked"] and not lengths and version == "1.1"  # RFC 9112 §6.1
     return status in _BODYLESS or (len(lengths) == 1 and lengths[0].isdigit())

@@ -10,14 +10,14 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from proxy import dev
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text, parse_keys
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.server import build, configure_logging, listen
-from proxy.settings import Settings, SettingsError, describe, load
+from proxy.settings import Settings, SettingsError, describe, describe_environment, load
 from proxy.tokens import issue_token
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
@@ -29,11 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; give its exit status: 0 done, 1 refused, 2 not understood."""
     options = _parser().parse_args(arguments)
     try:
-        return int(options.command(options))
+        status = int(options.command(options))
+        sys.stdout.flush()
     except SettingsError as error:
         return _refuse(error.problems)
     except KeyboardInterrupt:
         return 0
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
 
 
 def serve(_: argparse.Namespace) -> int:
@@ -50,10 +55,13 @@ def serve(_: argparse.Namespace) -> int:
 
 
 def check(_: argparse.Namespace) -> int:
-    """Print the effective settings, secrets masked; then every problem in them."""
-    settings = load(os.environ)
-    for name, value in describe(settings).items():
-        _say(f"{name}={'' if value is None else value}")
+    """Print the settings as they would be, secrets masked; then every problem in them."""
+    try:
+        settings = load(os.environ)
+    except SettingsError as error:
+        _show(describe_environment(os.environ))
+        return _refuse(error.problems)
+    _show(describe(settings))
     return 0
 
 
@@ -147,6 +155,11 @@ def _seconds(text: str) -> int:
     if match is None:
         raise argparse.ArgumentTypeError("must be a number and a unit, such as 10m")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def _show(settings: Mapping[str, object]) -> None:
+    for name, value in settings.items():
+        _say(f"{name}={'' if value is None else value}")
 
 
 def _say(text: str) -> None:

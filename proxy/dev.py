@@ -148,7 +148,8 @@ def _proxy_environment(environment: Mapping[str, str], kept: DevSecrets, agent_u
         "PROXY_THREAD_SECRET": kept.thread_secret,
         "PROXY_JWT_SECRET": kept.jwt_secret,
     }
-    theirs = {name: value for name, value in environment.items() if name.startswith(PREFIX)}
+    ruled = {f"{name}_FILE" for name in fixed} | {"PROXY_API_KEYS", "PROXY_API_KEYS_FILE"}
+    theirs = {name: value for name, value in environment.items() if name.startswith(PREFIX) and name not in ruled}
     return ours | theirs | fixed
 
 

@@ -53,7 +53,8 @@ def request_upstream(
         target = target.format_map({name: quote(value, safe="~") for name, value in parameters.items()})
     if query and permit.operation.query:
         target = f"{target}?{urlencode(client_query(query, permit.operation.query))}"
-    sent: Headers = [field for field in headers if field[0] in UPWARD]
+    hop = connection_fields(headers)
+    sent: Headers = [field for field in headers if field[0] in UPWARD and field[0] not in hop]
     sent += ((b"authorization", b"Bearer " + identity), (b"x-request-id", request_id))
     if body:
         sent.append((b"content-type", b"application/json"))
@@ -75,17 +76,24 @@ def client_query(query: bytes, allowed: frozenset[str]) -> dict[str, str]:
     return dict(kept)
 
 
+def connection_fields(headers: Headers) -> frozenset[bytes]:
+    """Give the names that `Connection` declares to be for one hop only (RFC 9110 §7.6.1)."""
+    return frozenset(
+        token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")
+    )
+
+
 def downstream_headers(headers: Headers) -> Headers:
     """Give the fields of upstream's head that reach the client: not hop-by-hop, not about the sidecar itself.
 
     Content codings and lengths stay as they are, since the bytes do. Caches and proxies on the way are told
     to pass everything on at once.
     """
-    named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
+    hop = connection_fields(headers)
     kept = [
         field
         for field in headers
-        if field[0] not in NOT_DOWNWARD and field[0] not in named and not field[0].startswith(b"access-control-")
+        if field[0] not in NOT_DOWNWARD and field[0] not in hop and not field[0].startswith(b"access-control-")
     ]
     kept.append((b"cache-control", b"no-cache, no-transform"))
     kept.append((b"x-accel-buffering", b"no"))

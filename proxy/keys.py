@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, 
 from proxy.model import StaticKey
 from proxy.operations import SCOPES
 
-DIGEST_FORM: Final = re.compile(r"^sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})$")
+DIGEST_FORM: Final = re.compile(r"sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})", re.ASCII)
 
 
 class KeyEntry(BaseModel):
@@ -28,7 +28,7 @@ class KeyEntry(BaseModel):
     @field_validator("digest")
     @classmethod
     def _has_form(cls, value: str) -> str:
-        if DIGEST_FORM.match(value) is None:
+        if DIGEST_FORM.fullmatch(value) is None:
             raise ValueError("must be sha256:<key id>:<64 hex digits>")
         return value
 

@@ -47,7 +47,7 @@ def _count(query: dict[str, str], name: str, default: int, *, least: int) -> int
 def threads_of(answer: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Read the sidecar's listing: the whole answer, and the threads in it. Raises UpstreamMalformed."""
     try:
-        value = pydantic_core.from_json(answer)
+        value = pydantic_core.from_json(answer, allow_inf_nan=False)
         threads = value["data"]["threads"]
         if not all(isinstance(thread["thread_id"], str | int) for thread in threads):
             raise UpstreamMalformed(reason="a thread without an id")

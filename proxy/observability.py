@@ -3,6 +3,7 @@
 Runs for failed requests too. Never logs a credential, a prompt, a body or a query.
 """
 
+import asyncio
 import logging
 import traceback
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Final
 
 from starlette.exceptions import HTTPException
 
-from proxy.errors import MethodNotAllowed, NotFound, Problem
+from proxy.errors import Draining, MethodNotAllowed, NotFound, Problem
 from proxy.forwarding import request_id_of
 from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, Send
 
@@ -74,7 +75,8 @@ class Observability:
             fields = {"request_id": request_id.decode(), "error": place_of(error)}
             error_log.error("request.failed", extra={"fields": fields})
             await self._answer(Problem(reason=type(error).__name__), scope, observed)
-        except BaseException:
+        except asyncio.CancelledError:  # the grace is over
+            await self._answer(Draining(reason="the grace is over"), scope, observed)
             record.end = "shutdown"
             raise
         finally:

@@ -102,4 +102,6 @@ def is_canonical(raw_path: bytes, path: str) -> bool:
     """
     if b"%" in raw_path and raw_path.count(b"/") != path.count("/"):
         return False
+    if not path.isprintable():  # a regular expression's end matches before a line break, for one
+        return False
     return not any(segment in ("", ".", "..") for segment in path.split("/")[1:])

@@ -199,5 +199,6 @@ def health_routes(live: Live, ready: Ready) -> list[Route]:
 
 async def _respond(send: Send, status: int, body: bytes) -> None:
     head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    head.append((b"cache-control", b"no-store"))
     await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body, "more_body": False})

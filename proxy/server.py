@@ -59,9 +59,15 @@ class Server(uvicorn.Server):
     """uvicorn's server: it drains on the first signal, and tells when it listens."""
 
     def __init__(
-        self, config: uvicorn.Config, *, lifecycle: Lifecycle, started: Callable[[], None] | None = None
+        self,
+        config: uvicorn.Config,
+        *,
+        lifecycle: Lifecycle,
+        drain_delay: float,
+        started: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
+        self._drain_delay = drain_delay
         self._lifecycle = lifecycle
         self._started = started
 
@@ -82,8 +88,11 @@ class Server(uvicorn.Server):
         """Take no new work, and stop when what runs has finished; at the second call, stop at once."""
         self.force_exit = self._lifecycle.draining
         self._lifecycle.draining = True
-        self.should_exit = True
+        asyncio.get_running_loop().call_later(0 if self.force_exit else self._drain_delay, self._close)
         log.info("server.draining", extra={"fields": {"at_once": self.force_exit}})
+
+    def _close(self) -> None:
+        self.should_exit = True
 
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -116,4 +125,4 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(settings.grace_seconds),
     )
-    return Server(config, lifecycle=lifecycle, started=started)
+    return Server(config, lifecycle=lifecycle, drain_delay=settings.drain_delay_seconds, started=started)

@@ -3,41 +3,29 @@
 Reads the environment it is given and the files that it names; nothing else, and never later.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Final, Literal
 
 import limits
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
     field_validator,
-    model_validator,
 )
 
-from proxy.claims import ClaimNames, ClaimRules
-from proxy.issuers import (
-    MIN_SECRET_BYTES,
-    SHORT_SECRET,
-    Issuer,
-    IssuerEntry,
-    read_issuers,
-    read_secrets,
-    shared_secret_issuer,
-)
+from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.model import Deadlines, StaticKey
-from proxy.revocations import read_revocations
+from proxy.tokensettings import Seconds, TokenSettings, readable_issuers
 
 PREFIX: Final = "PROXY_"
+_ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
+_LAST_PORT: Final = 65_535
 SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys"})
-
-type Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class SettingsError(Exception):
@@ -54,30 +42,23 @@ def _secret(value: object) -> object:
     return value
 
 
-def _secrets(value: object) -> object:
-    if isinstance(value, str):
-        read_secrets(value)
-    return value
-
-
 def _rate(value: str) -> str:
     if value != "off":
         try:
-            limits.parse_many(value)
-        except ValueError as error:
-            raise ValueError("must be `off` or amounts per window, such as 60/minute or 10/second;1000/day") from error
+            amounts = [item.amount for item in limits.parse_many(value)]
+        except ValueError:
+            amounts = []
+        if not amounts or min(amounts) < 1:
+            raise ValueError("must be `off` or amounts per window, such as 60/minute or 10/second;1000/day")
     return value
 
 
 type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
-type SecretList = Annotated[SecretStr, BeforeValidator(_secrets)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
-class Settings(BaseModel):
+class Settings(TokenSettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: a free one")] = 8000
@@ -93,33 +74,6 @@ class Settings(BaseModel):
     thread_secret: Annotated[
         Secret | None, Field(description="keys the thread tags; unset: derived from the agent secret")
     ] = None
-    jwt_secret: Annotated[
-        SecretList | None, Field(description="verifies callers' tokens (HS256); several: one a line, the newest last")
-    ] = None
-    jwt_issuer: Annotated[str | None, Field(min_length=1, description="the iss every token must have")] = None
-    jwt_audience: Annotated[str | None, Field(min_length=1, description="the aud every token must have")] = None
-    jwt_leeway_seconds: Annotated[float, Field(ge=0, le=300, description="clock skew forgiven")] = 10
-    jwt_max_lifetime_seconds: Annotated[
-        float, Field(gt=0, le=1e9, description="longest time from a token's iat, or from now, to its exp")
-    ] = 366 * 86_400
-    jwt_max_age_seconds: Annotated[
-        float | None, Field(gt=0, le=1e9, description="longest time since a token's iat, which it then must have")
-    ] = None
-    jwt_tenant_claim: Annotated[str, Field(min_length=1, description="the claim that names a tenant")] = "tenant"
-    namespace: Annotated[
-        Literal["principal", "tenant"], Field(description="whose a token's threads are: its subject's or its tenant's")
-    ] = "principal"
-    issuers_file: Annotated[
-        tuple[IssuerEntry, ...], Field(description="[[issuers]] in TOML: any number of issuers")
-    ] = ()
-    jwks_refresh_seconds: Annotated[Seconds, Field(description="fetched keys are fetched again after this")] = 600
-    jwks_cooldown_seconds: Annotated[Seconds, Field(description="least time between two fetches of an issuer's")] = 10
-    jwks_timeout_seconds: Annotated[Seconds, Field(description="for a whole fetch of keys")] = 3
-    jwks_stale_seconds: Annotated[
-        Annotated[float, Field(gt=0, le=30 * 86_400)],
-        Field(description="keys count this long while their issuer cannot be reached"),
-    ] = 86_400
-    revocations_file: Annotated[Path | None, Field(description="revoked tokens and subjects, as JSON lines")] = None
     api_keys: Annotated[tuple[StaticKey, ...], Field(description="[[keys]] in TOML")] = ()
     rate_limit: Annotated[Rate, Field(description="per caller")] = "60/minute"
     auth_failure_limit: Annotated[Rate, Field(description="failed credentials per address")] = "20/minute"
@@ -146,14 +100,16 @@ class Settings(BaseModel):
     grace_seconds: Annotated[
         float, Field(ge=0, le=3600, description="running answers may take this long after SIGTERM")
     ] = 30
+    drain_delay_seconds: Annotated[
+        float, Field(ge=0, le=60, description="after SIGTERM, /health/ready says 503 this long before the port closes")
+    ] = 0
     docs: Annotated[bool, Field(description="serve /docs and /openapi.json")] = True
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level logged")] = "info"
 
     @field_validator("agent_url")
     @classmethod
     def _is_origin(cls, value: str) -> str:
-        parts = urlsplit(value)
-        if parts.scheme != "http" or not parts.hostname or parts.path not in ("", "/") or parts.query or "@" in value:
+        if _ORIGIN.fullmatch(value) is None or not 0 < int(value.rstrip("/").rpartition(":")[2]) <= _LAST_PORT:
             raise ValueError("must be http://host:port, without a path")
         return value.rstrip("/")
 
@@ -166,55 +122,6 @@ class Settings(BaseModel):
     @classmethod
     def _are_keys(cls, value: object) -> object:
         return parse_keys(value) if isinstance(value, str) else value
-
-    @field_validator("issuers_file", mode="before")
-    @classmethod
-    def _are_issuers(cls, value: object) -> object:
-        return read_issuers(Path(value)) if isinstance(value, str) else value
-
-    @field_validator("revocations_file")
-    @classmethod
-    def _is_readable(cls, value: Path | None) -> Path | None:
-        if value is not None:
-            read_revocations(value)
-        return value
-
-    @model_validator(mode="after")
-    def _someone_can_call(self) -> Self:
-        if self.jwt_secret is None and not self.issuers_file and not self.api_keys:
-            raise ValueError("nobody could call: set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE or PROXY_API_KEYS_FILE")
-        issuers = self.token_issuers()
-        secrets = [s.get_secret_value() for s in (self.agent_secret, self.thread_secret) if s is not None]
-        secrets += (secret for issuer in issuers for secret in issuer.secrets)
-        if len(secrets) != len(set(secrets)):
-            raise ValueError(
-                "PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ, issuers' secrets too"
-            )
-        if len({issuer.rules.issuer for issuer in issuers}) != len(issuers):
-            raise ValueError("PROXY_JWT_ISSUER and PROXY_ISSUERS_FILE name the same issuer")
-        return self
-
-    def own_issuer(self) -> Issuer | None:
-        """Give the issuer of PROXY_JWT_…; None without PROXY_JWT_SECRET."""
-        if self.jwt_secret is None:
-            return None
-        return shared_secret_issuer(read_secrets(self.jwt_secret.get_secret_value()), self._claim_rules())
-
-    def token_issuers(self) -> tuple[Issuer, ...]:
-        """Give every issuer whose tokens count."""
-        own, rules = self.own_issuer(), self._claim_rules()
-        return (*((own,) if own is not None else ()), *(entry.build(rules) for entry in self.issuers_file))
-
-    def _claim_rules(self) -> ClaimRules:
-        return ClaimRules(
-            issuer=self.jwt_issuer,
-            audience=self.jwt_audience,
-            names=ClaimNames(tenant=(self.jwt_tenant_claim,)),
-            leeway=self.jwt_leeway_seconds,
-            max_age=self.jwt_max_age_seconds,
-            max_lifetime=self.jwt_max_lifetime_seconds,
-            namespace=self.namespace,
-        )
 
     def run_deadlines(self) -> Deadlines:
         """Give the deadlines of invoke and stream."""
@@ -236,40 +143,73 @@ def load(environment: Mapping[str, str]) -> Settings:
 
     An empty value counts as unset. A `PROXY_` name that is no setting is a problem: it is a misspelling.
     """
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for variable in sorted(environment):
-        name = variable.removeprefix(PREFIX).lower()
-        if not variable.startswith(PREFIX) or not environment[variable]:
-            continue
-        if (secret := name.removesuffix("_file")) != name and secret in SECRETS:
-            if environment.get(PREFIX + secret.upper()):
-                problems.append(f"{variable}: set this or {PREFIX}{secret.upper()}, not both")
-                continue
-            try:
-                values[secret] = Path(environment[variable]).read_text(encoding="utf-8").strip()
-            except (OSError, ValueError) as error:
-                problems.append(f"{variable}: cannot be read: {_plain(error)}")
-                values[secret] = None
-        elif name in Settings.model_fields:
-            values[name] = environment[variable]
-        else:
-            problems.append(f"{variable}: is no setting; see docs/operations.md for the list")
-    unread = {name for name, value in values.items() if value is None}
+    values, variables, problems = _gather(environment)
+    unread = {name for name in variables if name not in values}
+    settings = None
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        problems += [_sentence(fault) for fault in error.errors() if not unread & set(map(str, fault["loc"][:1]))]
-    if problems:
+        for fault in error.errors():
+            name = str(fault["loc"][0])
+            if name not in unread:
+                problems.append(f"{variables.get(name, PREFIX + name.upper())}: {_sentence(fault)}")
+    problems += _faults_between(values, set(variables))
+    if settings is None or problems:
         raise SettingsError(problems)
     return settings
 
 
+def _gather(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Give the value of each setting, the variable that set it, and what could not be read."""
+    values: dict[str, str] = {}
+    variables: dict[str, str] = {}
+    problems: list[str] = []
+    for variable in sorted(name for name, value in environment.items() if name.startswith(PREFIX) and value):
+        name = variable.removeprefix(PREFIX).lower()
+        secret = name.removesuffix("_file")
+        if variable != variable.upper() or (name not in Settings.model_fields and secret not in SECRETS):
+            problems.append(f"{variable}: is no setting; see docs/operations.md for the list")
+        elif name in Settings.model_fields:
+            values[name], variables[name] = environment[variable], variable
+        elif secret in variables:
+            problems.append(f"{variable}: set this or {PREFIX}{secret.upper()}, not both")
+        else:
+            variables[secret] = variable
+            try:
+                values[secret] = Path(environment[variable]).read_text(encoding="utf-8").strip()
+            except (OSError, ValueError) as error:
+                problems.append(f"{variable}: cannot be read: {_plain(error)}")
+    return values, variables, problems
+
+
+def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
+    """Find what is wrong between settings, whatever is wrong with one of them."""
+    faults = []
+    has_keys = "api_keys" in given and _defines_keys(values.get("api_keys"))
+    if not given & {"jwt_secret", "issuers_file"} and not has_keys:
+        faults.append("settings: nobody could call: set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE or PROXY_API_KEYS_FILE")
+    issuers = readable_issuers(values.get("issuers_file"))
+    secrets = [values[name] for name in ("agent_secret", "thread_secret") if name in values]
+    secrets += {line.strip() for line in values.get("jwt_secret", "").splitlines()}
+    secrets += [secret for issuer in issuers for secret in issuer.secrets]
+    secrets = [secret for secret in secrets if len(secret.encode()) >= MIN_SECRET_BYTES]
+    if len(secrets) != len(set(secrets)):
+        faults.append("settings: PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
+    if "jwt_secret" in given and values.get("jwt_issuer") in {issuer.rules.issuer for issuer in issuers}:
+        faults.append("settings: PROXY_JWT_ISSUER is in PROXY_ISSUERS_FILE too; one of them must go")
+    return faults
+
+
+def _defines_keys(text: str | None) -> bool:
+    """Say whether a key text defines keys, or is faulty, which is told elsewhere."""
+    try:
+        return text is None or bool(parse_keys(text))
+    except ValueError:
+        return True
+
+
 def _sentence(fault: Any) -> str:  # noqa: ANN401  pydantic's ErrorDetails
-    where = PREFIX + str(fault["loc"][0]).upper() if fault["loc"] else "settings"
-    if fault["type"] == "missing":
-        return f"{where}: is required"
-    return f"{where}: {fault['msg'].removeprefix('Value error, ')}"
+    return "is required" if fault["type"] == "missing" else str(fault["msg"]).removeprefix("Value error, ")
 
 
 def _plain(error: Exception) -> str:
@@ -287,5 +227,17 @@ def describe(settings: Settings) -> dict[str, object]:
             value = [entry.issuer for entry in value]
         elif isinstance(value, SecretStr):
             value = f"set ({len(value.get_secret_value())} characters)"
+        shown[PREFIX + name.upper()] = value
+    return shown
+
+
+def describe_environment(environment: Mapping[str, str]) -> dict[str, object]:
+    """Give what `describe` would, as far as it can be told of an environment that has faults."""
+    values, _, _ = _gather(environment)
+    shown: dict[str, object] = {}
+    for name, field in Settings.model_fields.items():
+        value: object = values.get(name, None if field.is_required() else field.default)
+        if name in SECRETS and name in values:
+            value = f"set ({len(values[name])} characters)"
         shown[PREFIX + name.upper()] = value
     return shown

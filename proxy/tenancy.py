@@ -18,7 +18,7 @@ from proxy.errors import BodyInvalid, ClientProblem, NotFound
 
 SEPARATOR: Final = "~"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+=-]{0,127}", re.ASCII)
-_PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_.:-]{1,128}", re.ASCII)
+_PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,127}", re.ASCII)
 NAME_RULE: Final = "1 to 128 of A-Z a-z 0-9 _ . : @ + = -, the first a letter, digit or _"
 STANDING_NAME: Final = "standing"
 
@@ -190,7 +190,8 @@ def _client_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
 def _check_messages(messages: list[dict[str, Any]], *, allow_system: bool) -> None:
     roles = {"user", "assistant", "tool"} | ({"system"} if allow_system else set())
     for position, message in enumerate(messages):
-        if message.get("role") not in roles:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in roles:
             raise BodyInvalid(f"messages[{position}].role must be one of {', '.join(sorted(roles))}.")
 
 

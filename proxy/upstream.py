@@ -18,6 +18,9 @@ MAX_WAITING_BYTES: Final = 65_536
 """Upstream is paused while this much of a body waits for the client."""
 
 
+_FAILED: Final = 500
+
+
 class Connection(asyncio.Protocol):
     """One connection to the sidecar and the exchange that is on it, if any."""
 
@@ -125,7 +128,8 @@ class PooledExchange:
             await self._more()
         if answer.complete:
             self.ended = True
-            self._part(reusable=answer.persistent and not answer.surplus)
+            # A server that failed may close without having said so: uvicorn does, after an unhandled exception.
+            self._part(reusable=answer.persistent and not answer.surplus and answer.status < _FAILED)
         elif self._paused and self._connection is not None:
             self._paused = False
             self._connection.resume()

@@ -116,10 +116,10 @@ class Upstream:
         self._wires.append(Wire(reader, writer))
         self._waiting.put_nowait(self._wires[-1])
 
-    async def close(self) -> None:
-        """Hang up on everybody."""
+    def abort(self) -> None:
+        """Hang up on everybody, whatever is still to be sent."""
         for wire in self._wires:
-            await wire.close()
+            wire.writer.transport.abort()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +166,12 @@ async def edge_in(directory: Path) -> AsyncIterator[Edge]:
     try:
         yield edge
     finally:
+        stop(edge.nginx)
         for client in edge.clients:
-            await client.close()
-        await upstream.close()
+            client.writer.transport.abort()
+        upstream.abort()
         server.close()
         await server.wait_closed()
-        stop(edge.nginx)
 
 
 @pytest.fixture
@@ -225,12 +225,16 @@ def test_deployed_configuration_is_accepted(tmp_path: Path) -> None:
 
 
 async def test_event_arrives_before_the_next_is_written(edge: Edge) -> None:
-    """Each event of a stream passes when it is written, whatever its size."""
+    """Each event of a stream passes when it is written, whatever its size; so does half of one."""
     client, proxy = await edge.stream()
 
     for event in (b"x", b"data: " + b"y" * 5000, b"z"):
         await proxy.send(chunk(event))
         assert await read_chunks(client, len(event)) == event
+    await proxy.send(b"a\r\nhalf ")
+    assert await read_chunks(client, 5) == b"half "
+    await proxy.send(b"whole\r\n")
+    assert await read_chunks(client, 5) == b"whole"
 
     await proxy.send(LAST_CHUNK)
     assert await client.reader.readexactly(len(LAST_CHUNK)) == LAST_CHUNK

@@ -263,6 +263,18 @@ def test_what_is_no_answer_is_refused(name: str) -> None:
         assert answer.take() == b""
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("its end by closing", "neither one length nor chunks"), ("a folded value", "HttpParserError")],
+)
+def test_a_refusal_has_a_reason_for_the_log(name: str, reason: str) -> None:
+    """An operator learns whether the framing was refused by us or the syntax by the parser."""
+    with pytest.raises(UpstreamMalformed) as refused:
+        read(BAD[name])
+
+    assert refused.value.reason == reason
+
+
 @pytest.mark.parametrize("name", BAD_CHUNKS)
 def test_bad_chunks_are_refused(name: str) -> None:
     """A body whose chunks break the rules is never complete; what came before stays readable."""
@@ -383,6 +395,8 @@ def test_a_head_within_the_limit_is_read() -> None:
     known = read(start, value, end, b"hello")
 
     assert known == whole(200, [(b"x-a", value), LENGTH], b"hello")
+    with pytest.raises(UpstreamMalformed, match="cannot be read"):
+        read(start, value + b"a" * len(end), b"a")
 
 
 @pytest.mark.parametrize(
@@ -434,6 +448,19 @@ def test_nothing_is_read_after_the_end() -> None:
     assert answer.surplus
     assert answer.headers == [LENGTH]
     assert answer.take() == b"hello"
+
+
+@pytest.mark.parametrize("extra", [b"\r\n", b"\r", b"HTTP/1.1 200 OK\r\n"])
+def test_any_byte_after_the_end_is_surplus(extra: bytes) -> None:
+    """A connection that sends more, though it be a blank line, is told from one that does not."""
+    known = read(WHOLE, extra)
+
+    assert known == whole(200, [LENGTH], b"hello", surplus=True)
+
+
+def test_nothing_is_known_of_an_answer_before_its_bytes() -> None:
+    """An answer of which nothing came has no status, and its connection is not to be kept."""
+    assert read() == read(b"") == Read(0, (), b"", begun=False, complete=False, surplus=False, persistent=False)
 
 
 def test_what_waits_is_counted_and_given_once() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from limits.storage import storage_from_string
 
-from proxy.limits import MOST_PARTITIONS, BoundedMemoryStorage
+from proxy.windows import MOST_PARTITIONS, BoundedMemoryStorage
 
 
 class Clock:

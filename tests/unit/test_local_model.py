@@ -185,7 +185,7 @@ async def test_a_cancelled_reply_stops(text: str, spoken: int) -> None:
     heard: list[str] = []
     task = asyncio.create_task(_hear(text, heard))
     await asyncio.sleep(0)
-    while len(heard) < spoken:  # noqa: ASYNC110  # one turn of the loop is one step of the reply
+    while len(heard) < spoken:  # one turn of the loop is one step of the reply
         await asyncio.sleep(0)
 
     task.cancel()

@@ -33,10 +33,11 @@ BAD: dict[str, list[str]] = {
     ],
     "agent_secret": ["short", "s" * 31],
     "thread_secret": ["short", "s" * 31],
-    "jwt_secret": ["short", "é" * 15, f"{JWT}\nshort", f"{JWT}\n{JWT}", "-----BEGIN PUBLIC KEY-----" + "x" * 30],
+    "jwt_secret": ["short", "é" * 15, f"{JWT}\nshort", f"{JWT}\n{JWT}"],
     "jwt_leeway_seconds": ["-1", "301", "nan", "x"],
     "jwt_max_lifetime_seconds": ["0", "nan", "1e10", "x"],
     "jwt_max_age_seconds": ["0", "nan", "1e10", "x"],
+    "drain_delay_seconds": ["-1", "61", "nan", "x"],
     "namespace": ["Tenant", "user"],
     "issuers_file": ["/nowhere", "/", "/dev/null"],
     "jwks_refresh_seconds": SECONDS,
@@ -278,7 +279,7 @@ def test_an_empty_file_is_a_short_secret(name: str, tmp_path: Path) -> None:
     problems = problems_of(environment | {f"{variable}_FILE": str(tmp_path / "secret")})
 
     assert len(problems) == 1
-    assert problems[0].startswith(f"{variable}: must have at least 32 bytes")
+    assert problems[0].startswith(f"{variable}_FILE: must have at least 32 bytes")
 
 
 @pytest.mark.parametrize("value", ["s" * 32, "é" * 16])

@@ -1,10 +1,11 @@
 # Two commands on a fresh machine: `make dev` runs everything, `make test` tests everything.
 .DEFAULT_GOAL := help
-.PHONY: help dev test check lock clean
+.PHONY: help dev test check bench bench-quick bench-phases bench-prove bench-callgrind lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH := .bench/bin/python
 # A `uv` on the path that cannot run here (a version-manager shim, say) counts as absent.
 UV := $(shell uv --version >/dev/null 2>&1 && command -v uv || echo .uv/bin/uv)
 COMPILE = $(UV) pip compile --quiet --universal --generate-hashes --no-header --no-annotate --upgrade --python-version 3.13
@@ -25,14 +26,35 @@ check: $(STAMP) ## Lint, types, import contracts, dependencies.
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
 
+bench: .bench/.installed $(STAMP) ## Measure every contender; results in build/bench/.
+	$(BENCH) -m benchmarks.run
+
+bench-quick: .bench/.installed $(STAMP) ## Compare the working tree with COMMIT= (HEAD) within 2 minutes.
+	$(BENCH) -m benchmarks.quick $(or $(COMMIT),HEAD)
+
+bench-phases: $(STAMP) ## Measure what each phase of an invoke costs.
+	$(BIN)/python -m benchmarks.phases
+
+bench-prove: .bench/.installed $(STAMP) ## Prove that contenders check tokens and count callers.
+	$(BENCH) -m benchmarks.prove
+
+bench-callgrind: .bench/.installed $(STAMP) ## Count user-space instructions of ours, under valgrind.
+	$(BENCH) -m benchmarks.callgrind
+
 lock: | $(UV) ## Pin every requirement anew, with hashes.
 	$(COMPILE) pyproject.toml -o requirements/proxy.txt
 	$(COMPILE) --group agent -o requirements/agent.txt
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
+	$(COMPILE) --group bench -o requirements/bench.txt
 
 clean: ## Remove everything that was made here, secrets of `make dev` included.
-	rm -rf $(VENV) .uv .dev .agentflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info
+	rm -rf $(VENV) .bench .uv .dev .agentflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.bench/.installed: requirements/bench.txt .python-version | $(UV)
+	$(UV) venv --quiet --clear .bench
+	$(UV) pip sync --quiet --python $(BENCH) --require-hashes requirements/bench.txt
+	@touch $@
 
 .uv/bin/uv:
 	python3 -m venv .uv

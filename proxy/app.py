@@ -57,7 +57,7 @@ def create_app(
     )
     app.router.routes += [
         *health_routes(Live(), Ready(lifecycle)),
-        *routes(_phases(settings, upstream or _pool(settings), clock)),
+        *routes(_phases(settings, upstream or make_pool(settings), clock)),
     ]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router))
@@ -94,7 +94,8 @@ def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) 
     )
 
 
-def _pool(settings: Settings) -> Pool:
+def make_pool(settings: Settings) -> Pool:
+    """Make the connections to the sidecar."""
     return Pool(
         settings.agent_url,
         most=settings.pool_connections,

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from proxy import dev
+from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text, parse_keys
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
@@ -113,6 +114,8 @@ def token(options: argparse.Namespace) -> int:
     issuer = settings.own_issuer()
     if issuer is None:
         return _refuse(["PROXY_JWT_SECRET: is required to sign a token"])
+    if not 0 < len(options.subject) <= MAX_SUBJECT_LENGTH or not options.subject.isprintable():
+        return _refuse([f"--subject: must be 1 to {MAX_SUBJECT_LENGTH} printable characters"])
     if options.expires > settings.jwt_max_lifetime_seconds:
         return _refuse(["--expires: is more than PROXY_JWT_MAX_LIFETIME_SECONDS; the token would be refused"])
     _say(issue_token(issuer, subject=options.subject, scopes=options.scopes, now=time.time(), lifetime=options.expires))

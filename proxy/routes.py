@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 from starlette.routing import Route
 
 from proxy.authorization import Permit, authorize
-from proxy.errors import NotFound
+from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream
 from proxy.limits import RateLimit
 from proxy.listing import MOST_PAGES, UPSTREAM_PAGE, encode_listing, own, page_of, select, threads_of
@@ -145,7 +145,7 @@ class Endpoint:
 
 
 class CanonicalPaths:
-    """ASGI middleware: a path written any other way than ours leads nowhere, whatever it would decode to."""
+    """ASGI middleware: a path whose decoding would change its segments leads nowhere; see `is_canonical`."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -156,17 +156,26 @@ class CanonicalPaths:
         await self._app(scope, receive, send)
 
 
-class ExactRoute(Route):
-    """A route that answers the methods of its row and no others: Starlette adds HEAD to GET."""
+class Path:
+    """An ASGI endpoint for all rows of one path: the method chooses, and HEAD is not GET."""
 
-    def __init__(self, path: str, endpoint: Endpoint, method: str) -> None:
-        super().__init__(path, endpoint, methods=[method], include_in_schema=False)
-        self.methods = {method}
+    def __init__(self, endpoints: Mapping[str, Endpoint]) -> None:
+        self._endpoints = endpoints
+        self._allowed = ", ".join(sorted(endpoints))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._endpoints.get(scope["method"])
+        if endpoint is None:
+            raise MethodNotAllowed(self._allowed)
+        await endpoint(scope, receive, send)
 
 
 def routes(phases: Phases) -> list[Route]:
-    """Give one route for each row of the operations table."""
-    return [ExactRoute(row.path, Endpoint(row, phases), row.method) for row in OPERATIONS]
+    """Give one route for each path of the operations table."""
+    paths: dict[str, dict[str, Endpoint]] = {}
+    for row in OPERATIONS:
+        paths.setdefault(row.path, {})[row.method] = Endpoint(row, phases)
+    return [Route(path, Path(endpoints), include_in_schema=False) for path, endpoints in paths.items()]
 
 
 class Live:

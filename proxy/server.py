@@ -15,10 +15,11 @@ from typing import Final, TextIO, override
 
 import uvicorn
 
-from proxy.app import create_app
+from proxy.app import create_app, make_pool
 from proxy.model import Lifecycle
 from proxy.observability import place_of
 from proxy.settings import Settings
+from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
@@ -63,10 +64,12 @@ class Server(uvicorn.Server):
         config: uvicorn.Config,
         *,
         lifecycle: Lifecycle,
+        pool: Pool,
         drain_delay: float,
         started: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
+        self._pool = pool
         self._drain_delay = drain_delay
         self._lifecycle = lifecycle
         self._started = started
@@ -95,6 +98,12 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     @override
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        self._pool.close()
+        await asyncio.sleep(0)  # a transport closes in the loop's next turn
+
+    @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
@@ -112,8 +121,9 @@ def listen(host: str, port: int) -> socket.socket:
 def build(settings: Settings, *, started: Callable[[], None] | None = None) -> Server:
     """Build the server for `settings`."""
     lifecycle = Lifecycle()
+    pool = make_pool(settings)
     config = uvicorn.Config(
-        create_app(settings, lifecycle=lifecycle),
+        create_app(settings, upstream=pool, lifecycle=lifecycle),
         loop="uvloop",
         http="httptools",
         ws="none",
@@ -125,4 +135,4 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=round(settings.grace_seconds),
     )
-    return Server(config, lifecycle=lifecycle, drain_delay=settings.drain_delay_seconds, started=started)
+    return Server(config, lifecycle=lifecycle, pool=pool, drain_delay=settings.drain_delay_seconds, started=started)

@@ -20,7 +20,10 @@ from tests.support.nginx import CONFIG, Nginx, drain, nginx_command, start_nginx
 
 MIB = 1 << 20
 PROBLEM = "application/problem+json"
-STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+# `close`: else nginx may send the next request on the same connection, where no test looks for it.
+STREAM_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+)
 LAST_CHUNK = b"0\r\n\r\n"
 
 

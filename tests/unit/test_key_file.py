@@ -101,6 +101,12 @@ def test_all_faults_are_named_at_once() -> None:
         assert place in str(refused.value)
 
 
+def test_a_file_without_a_bottom_is_refused() -> None:
+    """A text nested deeper than anyone writes is a fault like any other."""
+    with pytest.raises(ValueError, match="not TOML"):
+        parse_keys("keys = " + "[" * 3000)
+
+
 @given(st.text())
 def test_any_text_is_keys_or_refused(text: str) -> None:
     """No text fails in another way than by ValueError."""

@@ -214,13 +214,16 @@ def test_any_answer_is_a_listing_or_refused(answer: bytes) -> None:
     assert all(str(each["thread_id"]).startswith(f"{TAG}~") for each in written["data"]["threads"])
 
 
-def test_an_odd_number_does_not_spoil_the_answer() -> None:
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e999", b"[-1e999]"])
+def test_an_odd_number_does_not_spoil_the_answer(number: bytes) -> None:
     """What JSON cannot say is not said: an answer with it is refused, or written as JSON that anyone can read."""
-    answer = b'{"data":{"threads":[{"thread_id":"%b~a","score":NaN}]}}' % TAG.encode()
+    answer = b'{"data":{"threads":[{"thread_id":"%b~a","score":%b}]}}' % (TAG.encode(), number)
 
     try:
         value, threads = threads_of(answer)
+        written = encode_listing(value, own(threads, TAG))
     except UpstreamMalformed:
-        return
+        written = b""
 
-    assert b"NaN" not in encode_listing(value, own(threads, TAG))
+    assert b"NaN" not in written
+    assert b"Infinity" not in written

@@ -326,10 +326,22 @@ def test_two_spellings_of_one_setting_are_refused() -> None:
     assert [problem.split(":")[0] for problem in problems] == ["PROXY_Port"]
 
 
+@pytest.mark.parametrize(
+    "variable", ["PROXY_AGENT_SECRET", "PROXY_JWT_SECRET", "PROXY_THREAD_SECRET", "PROXY_API_KEYS"]
+)
+def test_a_secret_of_no_text_is_named(variable: str) -> None:
+    """Bytes that are no UTF-8 come out of the environment as surrogates; they are one problem like any other."""
+    problems = problems_of(LEAST | {variable: b"\xff".decode("utf-8", "surrogateescape") * 40})
+
+    assert [problem.split(":")[0] for problem in problems] == [variable]
+
+
 @given(
     st.dictionaries(
         st.sampled_from([f"PROXY_{name.upper()}" for name in Settings.model_fields] + ["PROXY_X", "PATH"]),
-        st.text(max_size=40) | st.sampled_from(["1", "off", "true", AGENT, JWT, KEYS, "60/minute", "http://a:1"]),
+        st.text(max_size=40)
+        | st.binary(max_size=40).map(lambda raw: raw.decode("utf-8", "surrogateescape"))
+        | st.sampled_from(["1", "off", "true", AGENT, JWT, KEYS, "60/minute", "http://a:1"]),
         max_size=6,
     )
 )

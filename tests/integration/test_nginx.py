@@ -7,7 +7,7 @@ import asyncio
 import json
 import secrets
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +19,19 @@ import pytest
 from tests.support.nginx import CONFIG, Nginx, drain, nginx_command, start_nginx, stop, write_config
 
 MIB = 1 << 20
+PATIENCE = 20
 PROBLEM = "application/problem+json"
 # `close`: else nginx may send the next request on the same connection, where no test looks for it.
 STREAM_HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
 )
 LAST_CHUNK = b"0\r\n\r\n"
+
+
+async def soon[T](awaited: Awaitable[T]) -> T:
+    """Await what must come, or fail here: the runner cannot end an asynchronous test that waits for ever."""
+    async with asyncio.timeout(PATIENCE):
+        return await awaited
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +75,31 @@ class Wire:
 
     async def head(self) -> Head:
         """Read a start line and fields."""
-        start, *lines = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")[:-2]
+        text = (await soon(self.reader.readuntil(b"\r\n\r\n"))).decode("latin-1")
+        start, *lines = text.split("\r\n")[:-2]
         fields = (line.partition(":") for line in lines)
         return Head(start, tuple((name.lower(), value.strip()) for name, _, value in fields))
 
     async def answer(self) -> tuple[Head, bytes]:
         """Read an answer that says how long it is."""
         head = await self.head()
-        return head, await self.reader.readexactly(int(head.one("content-length")))
+        return head, await self.exactly(int(head.one("content-length")))
+
+    async def exactly(self, size: int) -> bytes:
+        """Read so many bytes."""
+        return await soon(self.reader.readexactly(size))
+
+    async def chunks(self, size: int) -> bytes:
+        """Read chunks until they hold so many bytes; nginx may cut them elsewhere than the proxy did."""
+        data = b""
+        while len(data) < size:
+            length = int(await soon(self.reader.readline()), 16)
+            data += (await self.exactly(length + 2))[:-2]
+        return data
+
+    async def rest(self) -> bytes:
+        """Read until the other end closes."""
+        return await soon(self.reader.read())
 
     async def problem(self) -> tuple[Head, dict[str, Any]]:
         """Read an answer that must be a problem of the edge's own, whole and consistent (RFC 9457)."""
@@ -106,7 +130,7 @@ class Upstream:
 
     async def connection(self) -> Wire:
         """Return the next connection nginx made."""
-        return await self._waiting.get()
+        return await soon(self._waiting.get())
 
     async def request(self) -> tuple[Wire, Head]:
         """Return the next connection, and the head of the first request on it."""
@@ -146,16 +170,17 @@ class Edge:
         proxy, _ = await self.upstream.request()
         await proxy.send(STREAM_HEAD + chunk(b"first"))
         await client.head()
-        assert await client.reader.readexactly(len(chunk(b"first"))) == chunk(b"first")
+        assert await client.exactly(len(chunk(b"first"))) == chunk(b"first")
         return client, proxy
 
     async def logged(self, request_id: str) -> dict[str, object]:
         """Wait for the access line of this request."""
-        while True:
-            for line in self.nginx.access_lines():
-                if line["request_id"] == request_id:
-                    return line
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                for line in self.nginx.access_lines():
+                    if line["request_id"] == request_id:
+                        return line
+                await asyncio.sleep(0.01)
 
 
 @asynccontextmanager
@@ -233,23 +258,14 @@ async def test_event_arrives_before_the_next_is_written(edge: Edge) -> None:
 
     for event in (b"x", b"data: " + b"y" * 5000, b"z"):
         await proxy.send(chunk(event))
-        assert await read_chunks(client, len(event)) == event
+        assert await client.chunks(len(event)) == event
     await proxy.send(b"a\r\nhalf ")
-    assert await read_chunks(client, 5) == b"half "
+    assert await client.chunks(5) == b"half "
     await proxy.send(b"whole\r\n")
-    assert await read_chunks(client, 5) == b"whole"
+    assert await client.chunks(5) == b"whole"
 
     await proxy.send(LAST_CHUNK)
-    assert await client.reader.readexactly(len(LAST_CHUNK)) == LAST_CHUNK
-
-
-async def read_chunks(wire: Wire, size: int) -> bytes:
-    """Read chunks until they hold this many bytes; nginx may cut them elsewhere than the proxy did."""
-    data = b""
-    while len(data) < size:
-        length = int(await wire.reader.readline(), 16)
-        data += (await wire.reader.readexactly(length + 2))[:-2]
-    return data
+    assert await client.exactly(len(LAST_CHUNK)) == LAST_CHUNK
 
 
 async def test_request_body_passes_as_it_comes(edge: Edge) -> None:
@@ -257,17 +273,17 @@ async def test_request_body_passes_as_it_comes(edge: Edge) -> None:
     known = await edge.client(post("/agent/invoke", b'{"mess', length=8))
     proxy, head = await edge.upstream.request()
     assert head.one("content-length") == "8"
-    assert await proxy.reader.readexactly(6) == b'{"mess'
+    assert await proxy.exactly(6) == b'{"mess'
     await known.send(b"ag")
-    assert await proxy.reader.readexactly(2) == b"ag"
+    assert await proxy.exactly(2) == b"ag"
 
     chunked = await edge.client(get("/agent/invoke", "Transfer-Encoding: chunked").replace(b"GET", b"POST"))
     await chunked.send(chunk(b"part"))
     proxy, head = await edge.upstream.request()
     assert head.one("transfer-encoding") == "chunked"
-    assert await proxy.reader.readexactly(len(chunk(b"part"))) == chunk(b"part")
+    assert await proxy.exactly(len(chunk(b"part"))) == chunk(b"part")
     await chunked.send(LAST_CHUNK)
-    assert await proxy.reader.readexactly(len(LAST_CHUNK)) == LAST_CHUNK
+    assert await proxy.exactly(len(LAST_CHUNK)) == LAST_CHUNK
 
 
 async def test_forwarding_fields_are_overwritten(edge: Edge) -> None:
@@ -491,7 +507,7 @@ async def test_hang_up_reaches_the_proxy(edge: Edge) -> None:
 
     await client.close()
 
-    assert await proxy.reader.read() == b"{}"
+    assert await proxy.rest() == b"{}"
 
 
 async def test_hang_up_before_the_answer_reaches_the_proxy(edge: Edge) -> None:
@@ -501,7 +517,7 @@ async def test_hang_up_before_the_answer_reaches_the_proxy(edge: Edge) -> None:
 
     await client.close()
 
-    assert await proxy.reader.read() == b"{}"
+    assert await proxy.rest() == b"{}"
     line = await edge.logged("left")
     assert (line["status"], line["client_left"]) == (499, True)
 
@@ -521,7 +537,7 @@ async def test_cut_stream_stays_cut(edge: Edge, rest: bytes, *, reset: bool) -> 
         await proxy.close()
 
     try:
-        received = await client.reader.read()
+        received = await client.rest()
     except ConnectionResetError:
         received = b""
     assert not received.endswith(LAST_CHUNK)
@@ -537,7 +553,7 @@ async def test_short_answer_stays_short(edge: Edge) -> None:
     head = await client.head()
 
     assert head.one("content-length") == "100"
-    assert await client.reader.read() == b"only this"
+    assert await client.rest() == b"only this"
 
 
 async def test_body_over_the_limit_is_413(edge: Edge) -> None:
@@ -554,7 +570,7 @@ async def test_body_that_grows_over_the_limit_is_413(edge: Edge) -> None:
     """A body without a length is refused when it has become too large, and its request abandoned."""
     client = await edge.client(get("/agent/invoke", "Transfer-Encoding: chunked").replace(b"GET", b"POST"))
     proxy, _ = await edge.upstream.request()
-    reading = asyncio.create_task(proxy.reader.read())
+    reading = asyncio.create_task(proxy.rest())
     await client.send(chunk(b"x" * (2 * MIB)) + LAST_CHUNK)
 
     head, problem = await client.problem()
@@ -569,7 +585,7 @@ async def test_proxy_refuses_what_is_just_over_its_own_limit(edge: Edge) -> None
     client = await edge.client()
     sending = asyncio.create_task(client.send(post("/agent/invoke", body)))
     proxy, _ = await edge.upstream.request()
-    await proxy.reader.readexactly(len(body))
+    await proxy.exactly(len(body))
     await proxy.send(reply("413 Content Too Large", b"mine", "Connection: close"))
 
     head, received = await client.answer()
@@ -634,7 +650,7 @@ async def test_one_address_has_so_many_connections(edge: Edge) -> None:
 
     ended, proxy = streams[0]
     await proxy.send(LAST_CHUNK)
-    await ended.reader.readexactly(len(LAST_CHUNK))
+    await ended.exactly(len(LAST_CHUNK))
     answering = asyncio.create_task(answer_next(edge.upstream))
     while head.status == 429:
         await client.send(post("/agent/stream"))
@@ -713,20 +729,21 @@ async def test_draining_lets_a_stream_end(edge: Edge) -> None:
     drain(edge.nginx)
     await refused(edge.nginx)
     await proxy.send(chunk(b"second"))
-    assert await read_chunks(client, 6) == b"second"
+    assert await client.chunks(6) == b"second"
     await proxy.send(chunk(b"third") + LAST_CHUNK)
 
-    assert await client.reader.read() == chunk(b"third") + LAST_CHUNK
+    assert await client.rest() == chunk(b"third") + LAST_CHUNK
     await client.close()
     assert await asyncio.to_thread(edge.nginx.process.wait, 20) == 0
 
 
 async def refused(nginx: Nginx) -> None:
     """Wait until nginx takes no new connection."""
-    while True:
-        try:
-            wire = await Wire.to(nginx)
-        except ConnectionRefusedError:
-            return
-        await wire.close()
-        await asyncio.sleep(0.01)
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            try:
+                wire = await Wire.to(nginx)
+            except ConnectionRefusedError:
+                return
+            await wire.close()
+            await asyncio.sleep(0.01)

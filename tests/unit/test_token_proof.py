@@ -124,6 +124,11 @@ def test_a_token_has_all_that_is_required(left_out: str) -> None:
         {"exp": [FAR]},
         {"nbf": FAR},
         {"nbf": "x"},
+        {"nbf": True},
+        {"nbf": -1},
+        {"iat": True},
+        {"iat": -1},
+        {"exp": 253_402_300_800},
         {"iat": "x"},
         {"sub": ""},
         {"sub": 7},
@@ -402,6 +407,27 @@ def test_the_verifiers_clock_decides_what_has_begun(now: float, valid: bool) -> 
         proven = True
 
     assert proven is valid
+
+
+@pytest.mark.parametrize("name", ["nbf", "iat"])
+@pytest.mark.parametrize("then", [0, FAR - 7200, FAR - 3600, FAR - 3590])
+def test_a_token_that_began_by_the_verifiers_clock_is_good(name: str, then: int) -> None:
+    """No other clock has a say: what has begun by the verifier's own, leeway forgiven, has begun."""
+    principal = verifier(clock=Clock(FAR - 3600)).verify(signed(CLAIMS | {name: then}))
+
+    assert principal.subject == "alice"
+
+
+@pytest.mark.parametrize("name", ["nbf", "iat"])
+def test_a_token_of_the_future_proves_nothing(name: str) -> None:
+    """Beyond the leeway, what was made or begins later than now is not believed."""
+    with pytest.raises(CredentialInvalid):
+        verifier(clock=Clock(FAR - 3600)).verify(signed(CLAIMS | {name: FAR - 3589}))
+
+
+def test_the_last_second_of_the_calendar_is_a_time() -> None:
+    """A token may be good until the year 9999 is over."""
+    assert verifier().verify(signed(CLAIMS | {"exp": 253_402_300_799})).subject == "alice"
 
 
 def test_memory_is_bounded_and_forgets_the_oldest() -> None:

@@ -21,7 +21,8 @@ HOP_BY_HOP: Final = frozenset(
 """RFC 9110 §7.6.1."""
 NOT_DOWNWARD: Final = HOP_BY_HOP | frozenset(
     {b"date", b"server", b"set-cookie", b"x-request-id", b"www-authenticate", b"location", b"content-security-policy",
-     b"x-accel-redirect", b"x-accel-buffering", b"cache-control", b"alt-svc", b"strict-transport-security", b"ratelimit", b"ratelimit-policy"}
+     b"x-accel-redirect", b"x-accel-buffering", b"cache-control", b"alt-svc", b"strict-transport-security",
+     b"ratelimit", b"ratelimit-policy"}
 )  # fmt: skip
 """The sidecar's fields that are about itself or steer what stands before us."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9_.:@=+/-]{1,128}")

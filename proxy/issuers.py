@@ -45,9 +45,9 @@ def shared_secret_issuer(secrets: Iterable[str], rules: ClaimRules) -> Issuer:
 
 def read_secrets(text: str) -> tuple[str, ...]:
     """Read secrets, one a line, the newest last. Raises ValueError for a short, repeated or unusable one."""
-    secrets = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("must be UTF-8 text")
+    secrets = tuple(line.strip() for line in text.split("\n") if line.strip())
+    if not all(secret.isprintable() for secret in secrets):
+        raise ValueError("must be printable text, a secret a line")
     if any(len(secret.encode()) < MIN_SECRET_BYTES for secret in secrets) or not secrets:
         raise ValueError(SHORT_SECRET)
     if len(set(secrets)) != len(secrets) or len(secrets) > _MOST_SECRETS:

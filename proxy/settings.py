@@ -37,6 +37,8 @@ class SettingsError(Exception):
 
 
 def _secret(value: object) -> object:
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError("must be printable text")
     if isinstance(value, str) and len(value.encode()) < MIN_SECRET_BYTES:
         raise ValueError(SHORT_SECRET)
     return value
@@ -192,7 +194,7 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
     secrets = [values[name] for name in ("agent_secret", "thread_secret") if name in values]
     secrets += {line.strip() for line in values.get("jwt_secret", "").splitlines()}
     secrets += [secret for issuer in issuers for secret in issuer.secrets]
-    secrets = [secret for secret in secrets if len(secret.encode()) >= MIN_SECRET_BYTES]
+    secrets = [secret for secret in secrets if secret.isprintable() and len(secret.encode()) >= MIN_SECRET_BYTES]
     if len(secrets) != len(set(secrets)):
         faults.append("settings: PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
     if "jwt_secret" in given and values.get("jwt_issuer") in {issuer.rules.issuer for issuer in issuers}:

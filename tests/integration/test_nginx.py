@@ -166,7 +166,7 @@ class Edge:
 
     async def stream(self) -> tuple[Wire, Wire]:
         """Open a stream whose first event has arrived; return its client's and its proxy's wire."""
-        client = await self.client(post("/agent/stream"))
+        client = await self.client(post("/agent/stream", b"{}", "Accept-Encoding: gzip"))
         proxy, _ = await self.upstream.request()
         await proxy.send(STREAM_HEAD + chunk(b"first"))
         await client.head()
@@ -450,13 +450,13 @@ async def test_answers_cannot_steer_nginx(edge: Edge) -> None:
     client = await edge.client(get("/agent/v1/threads"))
     proxy, _ = await edge.upstream.request()
     steering = ("X-Accel-Redirect: /nginx/health", "X-Accel-Buffering: yes", "X-Accel-Limit-Rate: 1")
-    await proxy.send(reply("200 OK", b"mine", *steering, "Location: http://agent:8001/"))
+    await proxy.send(reply("200 OK", b"mine", *steering, "Location: http://agent_proxy/agent/"))
 
     head, body = await client.answer()
 
     assert (head.status, body) == (200, b"mine")
     assert not [name for name, _ in head.fields if name.startswith("x-accel")]
-    assert head.one("location") == "http://agent:8001/"
+    assert head.one("location") == "http://agent_proxy/agent/"
     assert head.one("server") == "nginx"
 
 

@@ -48,6 +48,17 @@ def test_memory_is_bounded_and_forgets_the_longest_unused(uses: list[tuple[str, 
     assert storage.reset() == 0
 
 
+def test_who_comes_again_is_not_forgotten() -> None:
+    """A caller who was first and is still there keeps his count; the one who left loses it."""
+    storage = BoundedMemoryStorage(most=2, clock=Clock())
+    for key in ("stays", "leaves", "stays", "comes"):
+        storage.acquire_sliding_window_entry(key, 10, 60)
+
+    counts = [storage.get_sliding_window(key, 60)[2] for key in ("stays", "comes", "leaves")]
+
+    assert counts == [2, 1, 0]
+
+
 def test_a_flood_of_callers_does_not_fill_the_memory() -> None:
     """Without being told otherwise there is room for a hundred thousand."""
     storage = BoundedMemoryStorage(clock=Clock())

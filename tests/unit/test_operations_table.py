@@ -129,6 +129,10 @@ def test_deleting_and_stopping_need_scopes_of_their_own(row: Operation) -> None:
         (b"/agent/v1/threads/a%2f", False),
         (b"/agent/v1/threads/%2f%2f", False),
         (b"%2fagent/invoke", False),
+        (b"/agent/invoke%0a", False),
+        (b"/agent/v1/threads/a%00", False),
+        (b"/agent/v1/threads/a%e2%80%a8", False),
+        (b"/agent/v1/threads/a%ff", True),
     ],
 )
 def test_a_path_is_written_in_one_way(raw: bytes, canonical: bool) -> None:

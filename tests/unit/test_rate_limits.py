@@ -322,6 +322,34 @@ def test_a_rule_said_twice_is_one_rule() -> None:
     assert has_room(rate)
 
 
+@pytest.mark.parametrize("notation", ["2/minute;5/minute", "5/minute;2/minute", "5/60 seconds;2/minute"])
+def test_the_least_of_two_amounts_for_one_window_counts(notation: str) -> None:
+    """Two amounts for one window are one policy, told once, and the smaller is what is felt."""
+    rate = metered(notation, Clock(2.0**30))
+
+    fields = [rate.spend("a"), rate.spend("a")]
+
+    assert not has_room(rate)
+    assert dict(fields[0])[b"ratelimit-policy"] == b'"requests";q=2;w=60'
+    assert [left_in(each)["requests"][0] for each in fields] == [1, 0]
+
+
+@pytest.mark.parametrize("notation", ["2/8 second", "2/8 second;3/64 second"])
+def test_asking_for_room_is_refused_as_spending_is(notation: str) -> None:
+    """Who only asks is told the same policies, wait and fields as who spends."""
+    rate = metered(notation, Clock(2.0**30 + 9))
+    for _ in range(2):
+        rate.spend("a")
+
+    with pytest.raises(RateExceeded) as asked:
+        rate.require_room("a")
+    with pytest.raises(RateExceeded) as spent:
+        rate.spend("a")
+
+    assert asked.value.policies == spent.value.policies
+    assert asked.value.headers() == spent.value.headers()
+
+
 @pytest.mark.parametrize(("notation", "cost"), [("3/minute", 4), ("3/minute", 100), ("9/hour;3/minute", 4)])
 def test_a_cost_beyond_the_amount_is_refused(notation: str, cost: int) -> None:
     """What no window could ever hold is refused like any other, whatever was spent."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from proxy.keys import entry_text
 from proxy.model import Deadlines, StaticKey
-from proxy.settings import SECRETS, Settings, SettingsError, describe, load
+from proxy.settings import SECRETS, Settings, SettingsError, describe, describe_environment, load
 
 AGENT = "agent-secret-of-enough-bytes-0001"
 JWT = "jwt-secret-of-more-than-32-bytes-0002"
@@ -384,6 +384,30 @@ def test_settings_are_shown_without_their_secrets() -> None:
     assert shown["PROXY_PORT"] == 9
     assert shown["PROXY_JWT_ISSUER"] is None
     for secret in (AGENT, JWT, THREAD, DIGEST):
+        assert secret not in f"{shown}"
+
+
+def test_faulty_settings_are_shown_without_their_secrets(tmp_path: Path) -> None:
+    """What can be told of an environment with faults is told, its secrets masked, those in files too."""
+    (tmp_path / "secret").write_text(JWT + "\n")
+    environment = {
+        "PROXY_AGENT_SECRET": "short",
+        "PROXY_JWT_SECRET_FILE": str(tmp_path / "secret"),
+        "PROXY_API_KEYS": KEYS,
+        "PROXY_PORT": "http",
+        "PROXY_PROT": "1",
+    }
+
+    shown = describe_environment(environment)
+
+    assert set(shown) == {f"PROXY_{name.upper()}" for name in Settings.model_fields}
+    assert shown["PROXY_AGENT_SECRET"] == "set (5 characters)"
+    assert shown["PROXY_JWT_SECRET"] == "set (37 characters)"
+    assert shown["PROXY_API_KEYS"] == f"set ({len(KEYS)} characters)"
+    assert shown["PROXY_THREAD_SECRET"] is None
+    assert (shown["PROXY_PORT"], shown["PROXY_HOST"]) == ("http", "127.0.0.1")
+    assert describe_environment({})["PROXY_AGENT_SECRET"] is None
+    for secret in ("short", JWT, DIGEST):
         assert secret not in f"{shown}"
 
 

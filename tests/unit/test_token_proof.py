@@ -413,7 +413,7 @@ def test_the_verifiers_clock_decides_what_has_begun(now: float, valid: bool) -> 
 @pytest.mark.parametrize("then", [0, FAR - 7200, FAR - 3600, FAR - 3590])
 def test_a_token_that_began_by_the_verifiers_clock_is_good(name: str, then: int) -> None:
     """No other clock has a say: what has begun by the verifier's own, leeway forgiven, has begun."""
-    principal = verifier(clock=Clock(FAR - 3600)).verify(signed(CLAIMS | {name: then}))
+    principal = prove(verifier(clock=Clock(FAR - 3600)), signed(CLAIMS | {name: then}))
 
     assert principal.subject == "alice"
 
@@ -422,12 +422,12 @@ def test_a_token_that_began_by_the_verifiers_clock_is_good(name: str, then: int)
 def test_a_token_of_the_future_proves_nothing(name: str) -> None:
     """Beyond the leeway, what was made or begins later than now is not believed."""
     with pytest.raises(CredentialInvalid):
-        verifier(clock=Clock(FAR - 3600)).verify(signed(CLAIMS | {name: FAR - 3589}))
+        prove(verifier(clock=Clock(FAR - 3600)), signed(CLAIMS | {name: FAR - 3589}))
 
 
 def test_the_last_second_of_the_calendar_is_a_time() -> None:
     """A token may be good until the year 9999 is over."""
-    assert verifier().verify(signed(CLAIMS | {"exp": 253_402_300_799})).subject == "alice"
+    assert prove(verifier(), signed(CLAIMS | {"exp": 253_402_300_799})).subject == "alice"
 
 
 def test_memory_is_bounded_and_forgets_the_oldest() -> None:

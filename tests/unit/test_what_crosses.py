@@ -93,6 +93,15 @@ def test_only_the_allow_list_crosses(headers: Headers) -> None:
     assert media == (b"content-type", b"application/json")
 
 
+def test_what_is_for_one_hop_goes_no_further() -> None:
+    """A field that the client's `Connection` names is for us alone, though the allow-list has it (RFC 9110 §7.6.1)."""
+    fields = [(b"user-agent", b"x"), (b"accept", b"*/*"), (b"connection", b"close ,\tUser-Agent")]
+
+    request = send(headers=fields)
+
+    assert [name for name, _ in request.headers] == [b"accept", b"authorization", b"x-request-id"]
+
+
 def test_the_clients_credentials_never_cross() -> None:
     """Whatever field carries one, a client's secret is not in what the sidecar sees."""
     names = (

@@ -53,6 +53,7 @@ def create_app(
         docs_url="/docs" if shown else None,
         openapi_url="/openapi.json" if shown else None,
         redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
     app.router.routes += [

@@ -16,7 +16,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import httpx
 
@@ -60,12 +60,19 @@ def run(environment: Mapping[str, str]) -> int:
         listener = listen(HOST, port)
     except OSError as error:
         return _refuse(f"port {port} of {HOST} cannot be used ({error.strerror}); choose another: make dev PORT=0")
-    agent_port = agent_port or _free_port()
+    try:
+        agent_port = _free_port(agent_port)
+    except OSError as error:
+        return _refuse(
+            f"AGENT_PORT {agent_port} cannot be used ({error.strerror}); choose another: make dev AGENT_PORT=0"
+        )
     base_url, agent_url = f"http://{HOST}:{listener.getsockname()[1]}", f"http://{HOST}:{agent_port}"
     try:
         settings = load(_proxy_environment(environment, kept, agent_url))
     except SettingsError as error:
         return _refuse(*error.problems)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # until the server has its own, and for the terminal's closing
+        signal.signal(number, _leave)
     with _agent(environment, kept, agent_port) as agent:
         if not _wait_for(f"{agent_url}/ping", agent):
             return _refuse(f"the agent did not start; see {DIRECTORY}/agent.log", *_tail(DIRECTORY / "agent.log"))
@@ -188,11 +195,15 @@ def _agent(environment: Mapping[str, str], kept: DevSecrets, port: int) -> Gener
         _stop(process)
 
 
+def _leave(_number: int, _frame: object) -> NoReturn:
+    raise SystemExit(0)
+
+
 def _stop(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(5)
+        process.wait(2)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -236,8 +247,9 @@ def _port(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def _free_port() -> int:
-    with socket.create_server((HOST, 0)) as probe:
+def _free_port(wanted: int) -> int:
+    """Give `wanted`, or any for 0, if nobody listens there: a stranger must not be taken for the agent."""
+    with socket.create_server((HOST, wanted)) as probe:
         return int(probe.getsockname()[1])
 
 

@@ -165,9 +165,6 @@ class BodyTooLarge(ClientProblem):
     def __init__(self, limit: int) -> None:
         super().__init__(f"The limit is {limit} bytes.")
 
-    def headers(self) -> Headers:
-        return [CLOSE]
-
 
 class BodyUnsupported(ClientProblem):
     """The body's media type or coding is not one we read."""

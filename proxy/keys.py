@@ -52,7 +52,7 @@ def parse_keys(text: str) -> tuple[StaticKey, ...]:
     """Read the keys of a TOML text. Raises ValueError that names every fault in it at once."""
     try:
         entries = KeyFile.model_validate(tomllib.loads(text)).keys
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"not TOML: {error}") from error
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())

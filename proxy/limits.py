@@ -156,8 +156,10 @@ def _policies(notation: str, name: str) -> tuple[_Policy, ...]:
 
 def address_partition(address: str) -> str:
     """Give what an address counts as: itself, or its /64 for IPv6 (one subscriber's, RFC 6177)."""
+    host, _, port = address.rpartition(":")
+    bare = host if port.isdigit() and ("." in host or host.endswith("]")) else address  # some hops write the port too
     try:
-        parsed = ip_address(address)
+        parsed = ip_address(bare.strip("[]"))
     except ValueError:
         return "unknown"
     if not isinstance(parsed, IPv6Address):

@@ -9,7 +9,7 @@ from typing import Any, Final
 import pydantic_core
 
 from proxy.errors import ClientProblem, UpstreamMalformed
-from proxy.tenancy import SEPARATOR
+from proxy.tenancy import SEPARATOR, is_finite
 
 UPSTREAM_PAGE: Final = 1000
 """The most that the sidecar gives at once."""
@@ -93,6 +93,8 @@ def threads_of(answer: bytes) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     try:
         value = pydantic_core.from_json(answer, allow_inf_nan=False)
         threads = value["data"]["threads"]
+        if not is_finite(value):
+            raise UpstreamMalformed(reason="a number that JSON cannot carry")
         if not all(isinstance(thread["thread_id"], str | int) for thread in threads):
             raise UpstreamMalformed(reason="a thread without an id")
     except (ValueError, TypeError, KeyError) as error:

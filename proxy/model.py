@@ -86,8 +86,9 @@ RECORD: Final = "agentflow_proxy.record"
 
 @dataclass(slots=True)
 class Lifecycle:
-    """Whether this process still takes new work."""
+    """Whether this process wants new work (`ready`), and whether it refuses it (`draining`)."""
 
+    ready: bool = True
     draining: bool = False
 
 

@@ -186,7 +186,7 @@ class Ready:
         self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  ASGI
-        if self._lifecycle.draining:
+        if not self._lifecycle.ready:
             await _respond(send, 503, b'{"status":"draining"}')
         else:
             await _respond(send, 200, b'{"status":"ready"}')

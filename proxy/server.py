@@ -88,13 +88,18 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
     def drain(self) -> None:
-        """Take no new work, and stop when what runs has finished; at the second call, stop at once."""
-        self.force_exit = self._lifecycle.draining
-        self._lifecycle.draining = True
-        asyncio.get_running_loop().call_later(0 if self.force_exit else self._drain_delay, self._close)
+        """Turn unready; after the delay, take no new work and stop when what runs is done.
+
+        Asked again, stop at once.
+        """
+        self.force_exit = not self._lifecycle.ready
+        self._lifecycle.ready = False
+        delay = 0 if self.force_exit else self._drain_delay
+        asyncio.get_running_loop().call_later(delay, self._close)
         log.info("server.draining", extra={"fields": {"at_once": self.force_exit}})
 
     def _close(self) -> None:
+        self._lifecycle.draining = True
         self.should_exit = True
 
     @override
@@ -106,10 +111,10 @@ class Server(uvicorn.Server):
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
-        log.info("server.started", extra={"fields": {"listening": [f"{host}:{port}" for host, port in listening]}})
         if self._started is not None and not self.should_exit:
             self._started()
+        listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
+        log.info("server.started", extra={"fields": {"listening": [f"{host}:{port}" for host, port in listening]}})
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -133,6 +138,6 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=round(settings.grace_seconds),
+        timeout_graceful_shutdown=settings.grace_seconds,
     )
     return Server(config, lifecycle=lifecycle, pool=pool, drain_delay=settings.drain_delay_seconds, started=started)

@@ -100,7 +100,7 @@ class Settings(TokenSettings):
     ] = 1.5
     trusted_hops: Annotated[int, Field(ge=0, le=16, description="proxies before us that set X-Forwarded-For")] = 0
     grace_seconds: Annotated[
-        float, Field(ge=0, le=3600, description="running answers may take this long after SIGTERM")
+        int, Field(ge=0, le=3600, description="running answers may take this long after SIGTERM")
     ] = 30
     drain_delay_seconds: Annotated[
         float, Field(ge=0, le=60, description="after SIGTERM, /health/ready says 503 this long before the port closes")
@@ -241,5 +241,7 @@ def describe_environment(environment: Mapping[str, str]) -> dict[str, object]:
         value: object = values.get(name, None if field.is_required() else field.default)
         if name in SECRETS and name in values:
             value = f"set ({len(values[name])} characters)"
+        elif isinstance(value, str) and "@" in value:
+            value = "set, with what may be a password"
         shown[PREFIX + name.upper()] = value
     return shown

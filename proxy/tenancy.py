@@ -213,14 +213,15 @@ def _validate[Body: BaseModel](model: type[Body], value: dict[str, Any]) -> Body
 def _encode(value: dict[str, Any]) -> bytes:
     encoded = pydantic_core.to_json(value)
     # A number too large for a double was read as infinite, which JSON cannot carry on.
-    if b"Infinity" in encoded and not _is_finite(value):
+    if b"Infinity" in encoded and not is_finite(value):
         raise BodyInvalid("The body holds a number that is too large.")
     return encoded
 
 
-def _is_finite(value: object) -> bool:
+def is_finite(value: object) -> bool:
+    """Say whether every number in a decoded JSON value is one that JSON can carry."""
     if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
+        return all(map(is_finite, value.values()))
     if isinstance(value, list):
-        return all(map(_is_finite, value))
+        return all(map(is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)

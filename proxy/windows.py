@@ -121,7 +121,7 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport):
             if len(self._counts) > self._most:
                 self._counts.popitem(last=False)
             return counts
-        if counts.index != index:
+        if index > counts.index:  # a clock that steps back turns no window
             counts.previous = counts.current if counts.index == index - 1 else 0
             counts.current = 0
             counts.index = index

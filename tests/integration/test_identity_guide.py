@@ -43,7 +43,11 @@ def test_each_command_of_the_guide_does_what_it_says(tmp_path: Path) -> None:
 
             script = "trap 'kill %1; wait' EXIT\n" + "".join(f"echo '{MARK}'\n{here(step)}\n" for step, _ in steps)
             process = subprocess.Popen(
-                ["/usr/bin/env", "bash", "-c", script], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, start_new_session=True
+                ["/usr/bin/env", "bash", "-c", script],
+                cwd=tmp_path,
+                env=environment,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
             )
             try:
                 output = process.communicate(timeout=80)[0].decode()

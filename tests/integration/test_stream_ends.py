@@ -13,6 +13,7 @@ import pytest
 from tests.support.agent import start_agent
 from tests.support.agent import stop as stop_agent
 from tests.support.principals import Principals
+from tests.support.provider import stand_in
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
 from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, RawUpstream, Talk, answer, chunk, raw_upstream
 
@@ -297,18 +298,25 @@ async def test_a_graph_that_fails_midway_says_so_in_the_stream(
     assert (await ended(proxy, "stream"))["end"] == "done"
 
 
-async def test_a_client_that_hangs_up_stops_the_real_run(
-    agent_and_proxy: tuple[object, Proxy], principals: Principals
-) -> None:
-    """After hanging up on a long run, the thread is free: the sidecar has stopped it."""
-    _, proxy = agent_and_proxy
-    async with client_of(proxy, principals) as client:
-        body = {"text": "[words 10000] [pace 50ms]", "thread_id": "long"}
-        async with client.stream("POST", "/agent/stream", json=body) as response:
-            await anext(response.aiter_raw())
-        line = await ended(proxy, "stream")
-        async with asyncio.timeout(10):  # the sidecar notices a moment after us
-            while (await client.post("/agent/v1/graph/stop", json={"thread_id": "long"})).json()["data"]["running"]:
-                await asyncio.sleep(0.05)
+async def test_a_client_that_hangs_up_stops_the_real_run(tmp_path: Path, principals: Principals) -> None:
+    """Through the proxy and a real sidecar, hanging up reaches the model's provider: no more words are paid for."""
+    with stand_in() as provider:
+        provider.gate.clear()
+        agent = start_agent(
+            tmp_path, AGENT_MODEL="openai/stand-in", OPENAI_BASE_URL=provider.url, OPENAI_API_KEY="sk-stand-in"
+        )
+        proxy = start_proxy(tmp_path, agent.url, agent.secret, **principals.environment())
+        try:
+            async with client_of(proxy, principals) as client:
+                async with client.stream("POST", "/agent/stream", json={"text": "one two"}) as response:
+                    lines = response.aiter_lines()
+                    await anext(lines)
+                    await anext(lines)
+                line = await ended(proxy, "stream")
+            abandoned = await asyncio.to_thread(provider.abandoned.wait, 20)
+        finally:
+            stop_proxy(proxy.process)
+            stop_agent(agent.process)
 
     assert line["end"] == "client_left"
+    assert abandoned

@@ -456,13 +456,20 @@ def test_a_stop_names_ones_own_thread(house: House, diary: Diary, spelling: str)
     assert [answer.status_code in (404, 422) for answer in answers[1:]] == [True, True]
 
 
-def slow_run(client: httpx.Client, name: str, stopper: httpx.Client, stopped: str) -> tuple[httpx.Response, str]:
-    """Stream a run that calls a tool after a while; once it has begun, have `stopper` stop the thread `stopped`."""
-    body = {"text": "[wait 400ms] [tool add 2 3]", "thread_id": name}
+def slow_run(
+    client: httpx.Client, name: str, stopper: httpx.Client, stopped: str, *, awaited: bool | None = None
+) -> tuple[httpx.Response, str]:
+    """Stream a run that calls a tool after a while; once it has begun, have `stopper` stop the thread `stopped`.
+
+    With `awaited`, stop again until the sidecar says so of `running`.
+    """
+    body = {"text": "[wait 900ms] [tool add 2 3]", "thread_id": name}
     with client.stream("POST", "/agent/stream", json=body) as stream:
         lines = stream.iter_lines()
         first = next(lines)
         answer = stopper.post("/agent/v1/graph/stop", json={"thread_id": stopped})
+        while awaited is not None and answer.json()["data"]["running"] is not awaited:
+            answer = stopper.post("/agent/v1/graph/stop", json={"thread_id": stopped})  # until its state is saved
         return answer, "\n".join([first, *lines])
 
 
@@ -479,7 +486,7 @@ def test_anothers_run_is_not_stopped(house: House, diary: Diary) -> None:
 
 def test_the_owner_stops_a_run(house: House, diary: Diary) -> None:
     """A stop takes effect before the next node: the tool is not called."""
-    answer, told = slow_run(house.alice, diary.name, house.alice, diary.name)
+    answer, told = slow_run(house.alice, diary.name, house.alice, diary.name, awaited=True)
 
     assert answer.json()["data"] == {"ok": True, "running": True}
     assert "tool_result" not in told
@@ -711,3 +718,43 @@ def test_a_failing_request_costs_nobody_elses(house: House) -> None:
 
     assert {status for status, _ in answers} <= {422, 500}
     assert {status for _, status in answers} == {200}
+
+
+# Acting for another.
+
+
+def test_whoever_may_not_act_for_others_does_not(house: House, diary: Diary) -> None:
+    """The header without its scope is a refusal, whomever it names; it opens nothing and starts no run."""
+    for user in ("alice", "mallory", diary.tag, diary.id):
+        answer = house.mallory.post(
+            "/agent/invoke",
+            json={"text": "[recall]", "thread_id": diary.name},
+            headers={"X-On-Behalf-Of": user},
+        )
+        with house.caller("mallory", scope="agent:invoke threads:read") as mallory:
+            plain = mallory.get(THREADS, headers={"X-On-Behalf-Of": user})
+
+        assert (plain.status_code, plain.json()["code"]) == (403, "insufficient_scope")
+        assert SECRET not in answer.text
+
+    assert untouched(house, diary)
+
+
+def test_a_service_acts_for_its_own_users_only(house: House, diary: Diary) -> None:
+    """It reaches neither those who have a credential of their own, nor another service's users, by any name."""
+    scope = "agent:impersonate agent:invoke threads:read"
+    said_to = {}
+    with house.caller("shop", scope=scope) as shop, house.caller("desk", scope=scope) as desk:
+        for service, user in ((shop, "alice"), (desk, "alice"), (shop, "bob"), (shop, f"{diary.tag}")):
+            run = {"text": f"{SECRET} of {user}", "thread_id": diary.name}
+            first = service.post("/agent/invoke", json={**run, "text": "[recall]"}, headers={"X-On-Behalf-Of": user})
+            service.post("/agent/invoke", json=run, headers={"X-On-Behalf-Of": user})
+            said_to[thread_of(first)] = last_text(first)
+        listed = shop.get(THREADS, headers={"X-On-Behalf-Of": "bob"}).json()["data"]["threads"]
+        own = shop.get(THREADS).json()["data"]["threads"]
+
+    assert len(said_to) == 4
+    assert set(said_to.values()) == {"Nothing was said before."}
+    assert len(listed) == 1
+    assert own == []
+    assert untouched(house, diary)

@@ -157,7 +157,7 @@ def test_status_and_code_are_stable(name: str, status: int, code: str) -> None:
         ),
         (MethodNotAllowed("GET, DELETE"), [(b"allow", b"GET, DELETE")]),
         (BodyTimeout(), [(b"connection", b"close")]),
-        (BodyTooLarge(9), [(b"connection", b"close")]),
+        (BodyTooLarge(9), []),
         (MADE[RateExceeded], [(b"ratelimit", b'"a";r=0;t=18'), (b"retry-after", b"18")]),
         (Draining(), [(b"retry-after", b"1"), (b"connection", b"close")]),
         (PoolExhausted(), [(b"retry-after", b"1")]),

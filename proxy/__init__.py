@@ -1,8 +1,9 @@
 """The life of a request, in the order in which it meets the rooms of this house.
 
 1.  `observability`   gives it an id and a Record; whatever goes wrong further in becomes an answer here.
-2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keys`) or token (`tokens`);
-                      without a principal nothing else runs, and no byte of the body has been read.
+2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keycache`) or token (`tokens`);
+                      without a principal nothing else runs, and no byte of the body has been read. What is
+                      refused, and where keys are used from, goes into the `audit`.
                       A token is taken apart (`jose`), its signature proven with its issuer's keys (`issuers`,
                       `publickeys`, `jwks`), its claims held to the issuer's rules (`claims`), and whether it was
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
@@ -17,5 +18,7 @@
 11. `observability`   writes the access line.
 
 `listing` filters the one answer that is not passed on as it came. `model` and `errors` hold what travels;
-`settings`, `tokensettings`, `app`, `openapi`, `server`, `cli` and `dev` build the house and open the door.
+`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
+`settings`, `tokensettings`, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev` build the house and open
+the door.
 """

@@ -6,17 +6,20 @@ Only wiring; decides nothing, and does no work at import.
 import hmac
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
+from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
 from proxy.jwks import Fetcher, FetchRules, RemoteKeys
-from proxy.keys import StaticKeyStore
+from proxy.keycache import KeyCache
+from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.model import Lifecycle, Upstream
 from proxy.observability import Observability
@@ -47,6 +50,8 @@ def create_app(
 ) -> FastAPI:
     """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead."""
     lifecycle = lifecycle or Lifecycle()
+    store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
+    keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
     shown = settings.docs
     app = Proxy(
         title="agentflow-proxy",
@@ -57,21 +62,40 @@ def create_app(
         redirect_slashes=False,
     )
     app.router.routes += [
-        *health_routes(Live(), Ready(lifecycle)),
+        *health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))),
         *routes(_phases(settings, upstream or make_pool(settings), clock)),
     ]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router))
     door = Authentication(
         inner,
-        authenticator=Authenticator(tokens=_verifier(settings, clock), keys=StaticKeyStore(settings.api_keys)),
+        authenticator=Authenticator(tokens=_verifier(settings, clock), keys=keys, clock=clock),
         failures=RateLimit(settings.auth_failure_limit, "failures"),
         lifecycle=lifecycle,
+        audit=Audit(),
     )
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
+    app.state.background = lambda: _background(keys, store)
     return app
+
+
+@asynccontextmanager
+async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerator[None]:
+    """Run what serves no request: the server enters this before it listens, and leaves it last."""
+    try:
+        async with keys.watching():
+            yield
+    finally:
+        if store is not None:
+            await store.close()
+
+
+def _lack(settings: Settings, keys: KeyCache) -> str:
+    """Name what is down when nobody at all could be let in; empty while somebody can."""
+    others = settings.jwt_secret is not None or settings.api_keys
+    return "key_store_down" if keys.is_lost and not others else ""
 
 
 def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:

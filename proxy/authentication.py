@@ -3,24 +3,28 @@
 Pure ASGI. Refuses by default, before routing and before a byte of the body is read (docs/adr/0001).
 """
 
+import time
+from collections.abc import Callable
 from typing import Final
 
-from proxy.credentials import ApiKey, Credential, digests_match, parse_key, read_credential
+from proxy.audit import Audit
+from proxy.credentials import ApiKey, Credential, KeyParts, digests_match, parse_key, read_credential
 from proxy.delegation import act_for_named
 from proxy.errors import CredentialInvalid, CredentialMissing, Draining, MalformedCredential
+from proxy.keycache import KeyCache
 from proxy.limits import RateLimit, address_partition
 from proxy.model import (
     RECORD,
     App,
     CredentialKind,
     Headers,
-    KeyStore,
     Lifecycle,
     Principal,
     Receive,
     Record,
     Scope,
     Send,
+    StoredKey,
 )
 from proxy.tokens import TokenVerifier
 
@@ -31,76 +35,112 @@ PUBLIC: Final = frozenset({"/health/live", "/health/ready", "/docs", "/openapi.j
 class Authenticator:
     """Turns a credential into a principal, by whichever of the two ways are configured."""
 
-    def __init__(self, *, tokens: TokenVerifier | None, keys: KeyStore) -> None:
+    def __init__(self, *, tokens: TokenVerifier | None, keys: KeyCache, clock: Callable[[], float] = time.time) -> None:
         self._tokens = tokens
         self._keys = keys
+        self._clock = clock
 
     def recall(self, credential: Credential) -> Principal | None:
-        """Give the principal where proof costs next to nothing: a stored key, or a token proven before."""
+        """Give the principal where proof costs next to nothing: a known key, or a token proven before."""
         if isinstance(credential, ApiKey):
-            return self._principal_of_key(credential.text)
+            parts = parse_key(credential.text)
+            key = self._keys.recall(parts.id) if parts is not None else None
+            if parts is None or key is None or self._fault_of(key, parts):
+                return None
+            return self._principal_of_key(key)
         return self._tokens.recall(credential.text) if self._tokens is not None else None
 
     async def prove(self, credential: Credential) -> Principal:
         """Prove what was not recalled. Raises CredentialInvalid, the reason for the log only, or a 503 Problem."""
         if isinstance(credential, ApiKey):
-            raise CredentialInvalid(reason="unknown key" if parse_key(credential.text) else "not a key's form")
+            parts = parse_key(credential.text)
+            if parts is None:
+                raise CredentialInvalid(reason="not a key's form")
+            key = await self._keys.find(parts.id)
+            fault = self._fault_of(key, parts)
+            if key is None or fault:
+                raise CredentialInvalid(reason=fault)
+            return self._principal_of_key(key)
         if self._tokens is None:
             raise CredentialInvalid(reason="tokens are not configured")
         return await self._tokens.prove(credential.text)
 
-    def _principal_of_key(self, text: str) -> Principal | None:
-        parts = parse_key(text)
-        if parts is None:
-            return None
-        key = self._keys.find(parts.id)
+    def _fault_of(self, key: StoredKey | None, parts: KeyParts) -> str:
+        """Say why what was presented is not this key, or why the key does not work; empty when it proves its caller."""
         # An unknown id costs the same comparison as a wrong secret.
-        if not digests_match(parts.digest, key.digest if key is not None else "0" * 64) or key is None:
-            return None
+        is_secret = digests_match(parts.digest, key.digest if key is not None else "0" * 64)
+        if key is None:
+            return "key unknown"
+        return key.refusal_at(self._clock()) if is_secret else "key secret wrong"
+
+    def _principal_of_key(self, key: StoredKey) -> Principal:
+        self._keys.note_use(key.id)
         return Principal(
             subject=key.name,
             name=key.name,
-            namespace=f"key:{key.id}",
+            namespace=f"key:{key.caller or key.id}",
             scopes=key.scopes,
             kind=CredentialKind.API_KEY,
+            tier=key.tier,
+            rate=key.rate,
+            key_id=key.id,
         )
 
 
 class Authentication:
-    """ASGI middleware that puts the principal into the request's Record, or raises the refusal."""
+    """ASGI middleware that puts the principal into the request's Record, or raises the refusal.
 
-    def __init__(self, app: App, *, authenticator: Authenticator, failures: RateLimit, lifecycle: Lifecycle) -> None:
+    A failed credential counts against its address. Once the address has spent its failures, what is not recalled
+    is refused unproven: guessing then costs us little, and it costs the address's known callers nothing.
+    """
+
+    def __init__(
+        self, app: App, *, authenticator: Authenticator, failures: RateLimit, lifecycle: Lifecycle, audit: Audit
+    ) -> None:
         self._app = app
         self._authenticator = authenticator
         self._failures = failures
         self._lifecycle = lifecycle
+        self._audit = audit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in PUBLIC or scope["raw_path"] != scope["path"].encode():
             record: Record = scope[RECORD]
-            proven = await self._principal(scope["headers"], record.address)
-            record.principal = proven  # in the access line, whomever it acts for
-            record.principal = act_for_named(proven, scope["headers"])
+            credential = self._read(scope["headers"], record)
+            principal = self._authenticator.recall(credential)
+            if principal is None:
+                principal = await self._prove(credential, record)
+            if principal.key_id:
+                self._audit.note_use(principal, record)
+            record.principal = principal  # in the access line, whomever it acts for
+            record.principal = act_for_named(principal, scope["headers"])
             if self._lifecycle.draining:
                 raise Draining
         await self._app(scope, receive, send)
 
-    async def _principal(self, headers: Headers, address: str) -> Principal:
-        """Find and prove the credential; a failed one counts against its address.
-
-        Once the address has spent its failures, what is not recalled is refused unproven: guessing then costs
-        us little, and it costs the address's known callers nothing.
-        """
+    def _read(self, headers: Headers, record: Record) -> Credential:
         try:
             credential = read_credential(headers)
-            if credential is None:
-                raise CredentialMissing
-            known = self._authenticator.recall(credential)
-            return known if known is not None else await self._prove(credential, address)
-        except (MalformedCredential, CredentialInvalid):
-            self._failures.spend(address_partition(address))
+        except MalformedCredential:
+            self._failures.spend(address_partition(record.address))
+            raise
+        if credential is None:
+            raise CredentialMissing
+        return credential
+
+    async def _prove(self, credential: Credential, record: Record) -> Principal:
+        address = address_partition(record.address)
+        self._failures.require_room(address)
+        try:
+            return await self._authenticator.prove(credential)
+        except CredentialInvalid as problem:
+            kind = CredentialKind.API_KEY if isinstance(credential, ApiKey) else CredentialKind.JWT
+            self._audit.note_refusal(kind, record, reason=problem.reason, key_id=_key_id(credential))
+            self._failures.spend(address)
             raise
 
-    async def _prove(self, credential: Credential, address: str) -> Principal:
-        self._failures.require_room(address_partition(address))
-        return await self._authenticator.prove(credential)
+
+def _key_id(credential: Credential) -> str:
+    """Give the id that a key of the right form names; it is no secret."""
+    parts = parse_key(credential.text) if isinstance(credential, ApiKey) else None
+    return parts.id if parts is not None else ""

@@ -1,4 +1,4 @@
-"""The command `agentflow-proxy`: serve, dev, check, operations, keys, token.
+"""The command `agentflow-proxy`: serve, dev, check, operations, migrate, keys, token.
 
 Speaks to people; decides nothing that a request could meet.
 """
@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 
-from proxy import dev
+from proxy import dev, keycommands
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text, parse_keys
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
-from proxy.server import build, configure_logging, listen
+from proxy.server import build, configure_logging, listen, require_schema
 from proxy.settings import Settings, SettingsError, describe, describe_environment, load
 from proxy.tokens import issue_token
 
@@ -63,6 +63,8 @@ def check(_: argparse.Namespace) -> int:
         _show(describe_environment(os.environ))
         return _refuse(error.problems)
     _show(describe(settings))
+    if settings.database_url is not None:
+        require_schema(settings.database_url.get_secret_value())
     return 0
 
 
@@ -132,12 +134,15 @@ def _parser() -> argparse.ArgumentParser:
         ("operations", operations, "print what callers can reach"),
     ):
         commands.add_parser(name, help=text, description=text).set_defaults(command=command)
-    keys = commands.add_parser("keys", help="make API keys").add_subparsers(required=True, metavar="COMMAND")
+    keys = commands.add_parser("keys", help="make, list and end API keys").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
     made = keys.add_parser("new", help="print a new key and its entry for PROXY_API_KEYS_FILE")
     made.add_argument("--name", required=True)
     made.add_argument("--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP)
     made.add_argument("--json", action="store_true")
     made.set_defaults(command=new_key)
+    keycommands.add_commands(commands, keys, scopes=_scopes, seconds=_seconds)
     signed = commands.add_parser("token", help="print a JWT signed with PROXY_JWT_SECRET")
     signed.add_argument("--subject", required=True)
     signed.add_argument("--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP)

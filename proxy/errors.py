@@ -211,41 +211,46 @@ class ClientLeft(ClientProblem):
     title = "The client left"
 
 
-# The proxy's own state.
-
-
-class Draining(Problem):
-    """This process is shutting down."""
+class Unavailable(Problem):
+    """Not now; soon, perhaps."""
 
     status = 503
-    code = "draining"
-    title = "This proxy is shutting down"
-    type = REDUCED_CAPACITY
-
-    def headers(self) -> Headers:
-        return [(b"retry-after", b"1"), CLOSE]
-
-
-class PoolExhausted(Problem):
-    """Every upstream connection is in use."""
-
-    status = 503
-    code = "overloaded"
-    title = "Too many requests are in flight"
+    code = "unavailable"
     type = REDUCED_CAPACITY
 
     def headers(self) -> Headers:
         return [(b"retry-after", b"1")]
 
 
-class KeysUnavailable(PoolExhausted):
+class Draining(Unavailable):
+    """This process is shutting down."""
+
+    code = "draining"
+    title = "This proxy is shutting down"
+
+    def headers(self) -> Headers:
+        return [*super().headers(), CLOSE]
+
+
+class PoolExhausted(Unavailable):
+    """Every upstream connection is in use."""
+
+    code = "overloaded"
+    title = "Too many requests are in flight"
+
+
+class KeyStoreDown(Unavailable):
+    """A key is not known here, and the store that may know it does not answer."""
+
+    code = "key_store_down"
+    title = "Keys cannot be looked up"
+
+
+class KeysUnavailable(Unavailable):
     """An issuer's keys were never fetched, or too long ago: nothing can be said of its tokens yet."""
 
     code = "keys_unavailable"
     title = "The credential cannot be proven now"
-
-
-# Upstream's fault.
 
 
 class UpstreamProblem(Problem):

@@ -1,19 +1,22 @@
-"""API keys kept as digests in a TOML text: `[[keys]]` with name, digest, scopes.
+"""API keys kept as digests in a TOML text: `[[keys]]` with name, digest, scopes; also tier, rate, expires.
 
 Reads what an operator wrote; never sees or makes a key itself.
 """
 
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Final
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
 
-from proxy.model import StaticKey
+from proxy.model import StoredKey
 from proxy.operations import SCOPES
 
 DIGEST_FORM: Final = re.compile(r"sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})", re.ASCII)
+_WORD: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_AMOUNT: Final = r"[1-9][0-9]{0,8}/([1-9][0-9]{0,3} ?)?(second|minute|hour|day)s?"
+_RATE: Final = rf"^(off|{_AMOUNT}(;{_AMOUNT}){{0,3}})$"
 
 
 class KeyEntry(BaseModel):
@@ -21,9 +24,12 @@ class KeyEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, StringConstraints(pattern=_WORD)]
     digest: str
     scopes: frozenset[str]
+    tier: Annotated[str, StringConstraints(pattern=_WORD)] = "default"
+    rate: Annotated[str, StringConstraints(pattern=_RATE)] | None = None
+    expires: AwareDatetime | None = None
 
     @field_validator("digest")
     @classmethod
@@ -48,7 +54,7 @@ class KeyFile(BaseModel):
     keys: list[KeyEntry]
 
 
-def parse_keys(text: str) -> tuple[StaticKey, ...]:
+def parse_keys(text: str) -> tuple[StoredKey, ...]:
     """Read the keys of a TOML text. Raises ValueError that names every fault in it at once."""
     try:
         entries = KeyFile.model_validate(tomllib.loads(text)).keys
@@ -64,9 +70,35 @@ def parse_keys(text: str) -> tuple[StaticKey, ...]:
     return keys
 
 
-def _key_of(entry: KeyEntry) -> StaticKey:
+def parse_digest_lines(text: str) -> tuple[StoredKey, ...]:
+    """Read keys from lines of `sha256:<id>:<hex> <name> <scope>,<scope>`. Raises ValueError at the first fault."""
+    keys: list[StoredKey] = []
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) != 3:  # noqa: PLR2004  digest, name, scopes
+            raise ValueError(f"line {number}: must be a digest, a name, and scopes separated by commas")
+        try:
+            keys.append(read_entry(digest=words[0], name=words[1], scopes=frozenset(words[2].split(","))))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return tuple(keys)
+
+
+def read_entry(**fields: object) -> StoredKey:
+    """Read one key from the fields of a `[[keys]]` table. Raises ValueError that names every fault."""
+    try:
+        return _key_of(KeyEntry.model_validate(fields))
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ValueError("; ".join(faults)) from error
+
+
+def _key_of(entry: KeyEntry) -> StoredKey:
     _, key_id, digest = entry.digest.split(":")
-    return StaticKey(id=key_id, name=entry.name, digest=digest, scopes=entry.scopes)
+    expires = int(entry.expires.timestamp()) if entry.expires is not None else None
+    return StoredKey(key_id, entry.name, digest, entry.scopes, tier=entry.tier, rate=entry.rate, expires=expires)
 
 
 def entry_text(*, name: str, key_id: str, digest: str, scopes: Iterable[str]) -> str:
@@ -76,11 +108,19 @@ def entry_text(*, name: str, key_id: str, digest: str, scopes: Iterable[str]) ->
 
 
 class StaticKeyStore:
-    """Keys held in memory from start to end."""
+    """Keys held in memory from start to end; they never change."""
 
-    def __init__(self, keys: Iterable[StaticKey]) -> None:
+    def __init__(self, keys: Iterable[StoredKey]) -> None:
         self._keys = {key.id: key for key in keys}
 
-    def find(self, key_id: str) -> StaticKey | None:
-        """Give the key with this id."""
-        return self._keys.get(key_id)
+    async def find(self, key_ids: Collection[str]) -> Mapping[str, StoredKey]:
+        return {key_id: self._keys[key_id] for key_id in key_ids if key_id in self._keys}
+
+    async def change_number(self) -> int:
+        return 0
+
+    async def changed_since(self, number: int) -> Sequence[StoredKey]:  # noqa: ARG002  nothing ever did
+        return ()
+
+    async def note_uses(self, uses: Mapping[str, int]) -> None:
+        """Keep nothing: the keys are another's to write."""

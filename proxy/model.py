@@ -3,7 +3,7 @@
 Nothing here decides, acts or imports a library; every other room may import this one.
 """
 
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Protocol
@@ -32,6 +32,7 @@ class Principal:
 
     `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
     `caller` is who is charged where that is not the namespace: a tenant's member, or who acts `on_behalf_of` a user.
+    `key_id` is the API key's, empty for a token; `rate` replaces the deployment's own, in its notation.
     """
 
     subject: str
@@ -40,6 +41,8 @@ class Principal:
     scopes: frozenset[str]
     kind: CredentialKind
     tier: str = "default"
+    rate: str | None = None
+    key_id: str = ""
     caller: str = ""
     on_behalf_of: str | None = None
 
@@ -50,13 +53,38 @@ class Principal:
 
 
 @dataclass(frozen=True, slots=True)
-class StaticKey:
-    """A stored API key: never the key itself, only its digest (SHA-256, hex)."""
+class StoredKey:
+    """A stored API key: never the key itself, only its digest (SHA-256, hex). Times are Unix seconds.
+
+    `caller` is the id of the first key of a line of rotations, which all own the same threads; empty: this one's.
+    `replaced_by` and `grace_ends` come with a rotation; `changed` grows with every change to any key of a store.
+    """
 
     id: str
     name: str
     digest: str
     scopes: frozenset[str]
+    tier: str = "default"
+    rate: str | None = None
+    caller: str = ""
+    created: int = 0
+    expires: int | None = None
+    last_used: int | None = None
+    created_by: str = ""
+    replaced_by: str | None = None
+    grace_ends: int | None = None
+    revoked: int | None = None
+    changed: int = 0
+
+    def refusal_at(self, now: float) -> str:
+        """Say why the key does not work at `now` (Unix seconds); empty when it does."""
+        if self.revoked is not None:
+            return "key revoked"
+        if self.expires is not None and now >= self.expires:
+            return "key expired"
+        if self.grace_ends is not None and now >= self.grace_ends:
+            return "key replaced"
+        return ""
 
 
 @dataclass(slots=True)
@@ -145,7 +173,16 @@ class Upstream(Protocol):
 
 
 class KeyStore(Protocol):
-    """Where API keys are looked up."""
+    """Where API keys are kept. Every method raises KeyStoreDown when the store does not answer in time."""
 
-    def find(self, key_id: str) -> StaticKey | None:
-        """Give the stored key with this id."""
+    async def find(self, key_ids: Collection[str]) -> Mapping[str, StoredKey]:
+        """Give the stored keys that have these ids, whether they still work or not."""
+
+    async def change_number(self) -> int:
+        """Give the number of the last change to any key; it only grows."""
+
+    async def changed_since(self, number: int) -> Sequence[StoredKey]:
+        """Give every key that changed after `number`, as it is now."""
+
+    async def note_uses(self, uses: Mapping[str, int]) -> None:
+        """Write when keys were last used (Unix seconds by id); an earlier time than the stored one changes nothing."""

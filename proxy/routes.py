@@ -180,14 +180,17 @@ class Live:
 
 
 class Ready:
-    """An ASGI endpoint: this process takes new work, or 503 while it drains."""
+    """An ASGI endpoint: this process takes new work, or 503 while it drains or `lacks` names what is missing."""
 
-    def __init__(self, lifecycle: Lifecycle) -> None:
+    def __init__(self, lifecycle: Lifecycle, *, lacks: Callable[[], str]) -> None:
         self._lifecycle = lifecycle
+        self._lacks = lacks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  ASGI
         if not self._lifecycle.ready:
             await _respond(send, 503, b'{"status":"draining"}')
+        elif lack := self._lacks():
+            await _respond(send, 503, b'{"status":"%b"}' % lack.encode())
         else:
             await _respond(send, 200, b'{"status":"ready"}')
 

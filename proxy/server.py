@@ -6,25 +6,35 @@ Knows nothing of requests; ends with status 0 after SIGTERM or SIGINT, answers f
 import asyncio
 import json
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import UTC, datetime
+from logging.handlers import WatchedFileHandler
+from pathlib import Path
 from typing import Final, TextIO, override
 
 import uvicorn
 
+from proxy import audit
 from proxy.app import create_app, make_pool
+from proxy.errors import KeyStoreDown
+from proxy.keystore import SqlKeyStore
 from proxy.model import Lifecycle
 from proxy.observability import place_of
-from proxy.settings import Settings
+from proxy.protocol import OneAtATime
+from proxy.settings import Settings, SettingsError
 from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
 _EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
+
+
+MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
 
 
 class JsonFormatter(logging.Formatter):
@@ -39,7 +49,8 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info is not None and record.exc_info[1] is not None:
             line["error"] = place_of(record.exc_info[1])
-        return json.dumps(line | getattr(record, "fields", {}), separators=(",", ":"))
+        text = json.dumps(line | getattr(record, "fields", {}), separators=(",", ":"))
+        return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
 def configure_logging(level: str, stream: TextIO) -> None:
@@ -56,6 +67,24 @@ def configure_logging(level: str, stream: TextIO) -> None:
     server.addFilter(lambda record: record.msg not in _EXPECTED)
 
 
+def configure_audit(path: Path | None) -> None:
+    """Send the audit log to the file `path`, or where every line goes. Raises SettingsError.
+
+    It is written whatever the level is. The file may be moved away at any time; a new one is begun.
+    """
+    audit.log.setLevel(logging.INFO)
+    if path is None:
+        return
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        handler = WatchedFileHandler(path, encoding="ascii")
+    except OSError as error:
+        raise SettingsError([f"PROXY_AUDIT_FILE: {path} cannot be written: {error.strerror}"]) from error
+    handler.setFormatter(JsonFormatter())
+    audit.log.handlers = [handler]
+    audit.log.propagate = False
+
+
 class Server(uvicorn.Server):
     """uvicorn's server: it drains on the first signal, and tells when it listens."""
 
@@ -64,11 +93,13 @@ class Server(uvicorn.Server):
         config: uvicorn.Config,
         *,
         lifecycle: Lifecycle,
+        background: Callable[[], AbstractAsyncContextManager[None]],
         pool: Pool,
         drain_delay: float,
         started: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
+        self._background = background
         self._pool = pool
         self._drain_delay = drain_delay
         self._lifecycle = lifecycle
@@ -86,6 +117,11 @@ class Server(uvicorn.Server):
         finally:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.remove_signal_handler(number)
+
+    @override
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        async with self._background():
+            await super().serve(sockets)
 
     def drain(self) -> None:
         """Turn unready; after the delay, take no new work and stop when what runs is done.
@@ -123,14 +159,38 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, backlog=2048)
 
 
+def require_schema(url: str) -> None:
+    """Raise SettingsError unless the key store at `url` answers and has the schema that this version reads."""
+
+    async def ask() -> bool:
+        store = SqlKeyStore(url)
+        try:
+            return await store.is_migrated()
+        finally:
+            await store.close()
+
+    try:
+        migrated = asyncio.run(ask())
+    except ValueError as error:
+        raise SettingsError([f"PROXY_DATABASE_URL: {error}"]) from error
+    except KeyStoreDown as problem:
+        raise SettingsError([f"PROXY_DATABASE_URL: the database does not answer: {problem.reason}"]) from problem
+    if not migrated:
+        raise SettingsError([MIGRATE_FIRST])
+
+
 def build(settings: Settings, *, started: Callable[[], None] | None = None) -> Server:
-    """Build the server for `settings`."""
+    """Build the server for `settings`. Raises SettingsError for what can only be known by trying."""
+    configure_audit(settings.audit_file)
+    if settings.database_url is not None:
+        require_schema(settings.database_url.get_secret_value())
     lifecycle = Lifecycle()
     pool = make_pool(settings)
+    app = create_app(settings, upstream=pool, lifecycle=lifecycle)
     config = uvicorn.Config(
-        create_app(settings, upstream=pool, lifecycle=lifecycle),
+        app,
         loop="uvloop",
-        http="httptools",
+        http=OneAtATime,
         ws="none",
         lifespan="off",
         access_log=False,
@@ -140,4 +200,11 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=settings.grace_seconds,
     )
-    return Server(config, lifecycle=lifecycle, pool=pool, drain_delay=settings.drain_delay_seconds, started=started)
+    return Server(
+        config,
+        lifecycle=lifecycle,
+        background=app.state.background,
+        pool=pool,
+        drain_delay=settings.drain_delay_seconds,
+        started=started,
+    )

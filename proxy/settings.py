@@ -10,7 +10,9 @@ from typing import Annotated, Any, Final, Literal
 
 import limits
 from pydantic import (
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -19,13 +21,15 @@ from pydantic import (
 
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
-from proxy.model import Deadlines, StaticKey
+from proxy.model import Deadlines, StoredKey
 from proxy.tokensettings import Seconds, TokenSettings, readable_issuers
 
 PREFIX: Final = "PROXY_"
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
 _LAST_PORT: Final = 65_535
-SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys"})
+_LONGEST_WINDOW: Final = 366 * 86_400
+SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "database_url"})
+_DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 
 class SettingsError(Exception):
@@ -44,10 +48,17 @@ def _secret(value: object) -> object:
     return value
 
 
+def _database_url(value: object) -> object:
+    if isinstance(value, str) and _DATABASE.match(value) is None:
+        raise ValueError("must be sqlite+aiosqlite:///<file> or postgresql+asyncpg://<user>@<host>/<database>")
+    return value
+
+
 def _rate(value: str) -> str:
     if value != "off":
         try:
-            amounts = [item.amount for item in limits.parse_many(value)]
+            items = limits.parse_many(value)
+            amounts = [item.amount if 0 < item.get_expiry() <= _LONGEST_WINDOW else 0 for item in items]
         except ValueError:
             amounts = []
         if not amounts or min(amounts) < 1:
@@ -56,6 +67,7 @@ def _rate(value: str) -> str:
 
 
 type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
+type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
@@ -76,7 +88,12 @@ class Settings(TokenSettings):
     thread_secret: Annotated[
         Secret | None, Field(description="keys the thread tags; unset: derived from the agent secret")
     ] = None
-    api_keys: Annotated[tuple[StaticKey, ...], Field(description="[[keys]] in TOML")] = ()
+    api_keys: Annotated[tuple[StoredKey, ...], Field(description="[[keys]] in TOML")] = ()
+    database_url: Annotated[DatabaseUrl | None, Field(description="where keys are kept; unset: api_keys alone")] = None
+    key_store_grace_seconds: Annotated[
+        float, Field(ge=5, le=86_400, description="known keys go on for this long while the database is down")
+    ] = 300
+    audit_file: Annotated[Path | None, Field(description="gets the audit log; unset: with the other lines")] = None
     rate_limit: Annotated[Rate, Field(description="per caller")] = "60/minute"
     auth_failure_limit: Annotated[Rate, Field(description="failed credentials per address")] = "20/minute"
     legacy_rate_headers: Annotated[bool, Field(description="send X-RateLimit-… too")] = False
@@ -140,6 +157,15 @@ class Settings(TokenSettings):
         return Deadlines(min(self.connect_timeout_seconds, limit), limit, limit, limit)
 
 
+class KeySettings(BaseModel):
+    """What the commands that write keys need; the same variables as the proxy's own."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    database_url: DatabaseUrl
+    audit_file: Path | None = None
+
+
 def load(environment: Mapping[str, str]) -> Settings:
     """Read the settings from `environment`. Raises SettingsError with every problem in it.
 
@@ -159,6 +185,17 @@ def load(environment: Mapping[str, str]) -> Settings:
     if settings is None or problems:
         raise SettingsError(problems)
     return settings
+
+
+def load_key_settings(environment: Mapping[str, str]) -> KeySettings:
+    """Read from `environment` what the commands that write keys need, and nothing else. Raises SettingsError."""
+    own = {PREFIX + name.upper() + suffix for name in KeySettings.model_fields for suffix in ("", "_FILE")}
+    values, _, problems = _gather({name: value for name, value in environment.items() if name in own})
+    try:
+        return KeySettings.model_validate(values)
+    except ValidationError as error:
+        faults = (f"{PREFIX}{str(fault['loc'][0]).upper()}: {_sentence(fault)}" for fault in error.errors())
+        raise SettingsError(problems or list(faults)) from error
 
 
 def _gather(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -188,8 +225,11 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
     """Find what is wrong between settings, whatever is wrong with one of them."""
     faults = []
     has_keys = "api_keys" in given and _defines_keys(values.get("api_keys"))
-    if not given & {"jwt_secret", "issuers_file"} and not has_keys:
-        faults.append("settings: nobody could call: set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE or PROXY_API_KEYS_FILE")
+    if not given & {"jwt_secret", "issuers_file", "database_url"} and not has_keys:
+        faults.append(
+            "settings: nobody could call: "
+            "set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL"
+        )
     issuers = readable_issuers(values.get("issuers_file"))
     secrets = [values[name] for name in ("agent_secret", "thread_secret") if name in values]
     secrets += {line.strip() for line in values.get("jwt_secret", "").splitlines()}

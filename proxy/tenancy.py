@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from proxy.errors import BodyInvalid, ClientProblem, NotFound
 
@@ -20,6 +20,7 @@ SEPARATOR: Final = "~"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+=-]{0,127}", re.ASCII)
 _PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,127}", re.ASCII)
 NAME_RULE: Final = "1 to 128 of A-Z a-z 0-9 _ . : @ + = -, the first a letter, digit or _"
+_TELLABLE: Final = 20
 STANDING_NAME: Final = "standing"
 
 REFUSED_CONFIG: Final = frozenset(
@@ -46,7 +47,8 @@ class RunBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    messages: list[dict[str, Any]] = Field(default_factory=list)
+    # FailFast: a list of a million wrong things is told by its first, not gathered.
+    messages: Annotated[list[dict[str, Any]], FailFast()] = Field(default_factory=list)
     config: dict[str, Any] | None = None
     initial_state: dict[str, Any] | None = None
     recursion_limit: Annotated[int, Field(strict=True, ge=1, le=100)] | None = None
@@ -202,6 +204,9 @@ def _check_state(state: Mapping[str, Any] | None) -> None:
 
 
 def _validate[Body: BaseModel](model: type[Body], value: dict[str, Any]) -> Body:
+    if unknown := value.keys() - model.model_fields.keys():
+        named = ", ".join(sorted(unknown)[:5])[:200] if len(unknown) <= _TELLABLE else f"{len(unknown)} of them"
+        raise BodyInvalid(f"unknown members: {named}.")
     try:
         return model.model_validate(value)
     except ValidationError as error:

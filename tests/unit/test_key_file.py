@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.keys import StaticKeyStore, entry_text, parse_keys
-from proxy.model import StaticKey
+from proxy.keys import entry_text, parse_digest_lines, parse_keys
+from proxy.model import StoredKey
 from proxy.operations import SCOPES
 
 DIGEST = "0123456789abcdef" * 4
-ALICE = StaticKey("AAAAAAAAAAAA", "alice", DIGEST, frozenset({"agent:invoke", "threads:read"}))
-BOB = StaticKey("BBBBBBBBBBBB", "bob.2_x-y", DIGEST, frozenset({"agent:ping"}))
+ALICE = StoredKey("AAAAAAAAAAAA", "alice", DIGEST, frozenset({"agent:invoke", "threads:read"}))
+BOB = StoredKey("BBBBBBBBBBBB", "bob.2_x-y", DIGEST, frozenset({"agent:ping"}))
 
 
 def _entry(
@@ -21,7 +21,7 @@ def _entry(
     return f"[[keys]]\nname = {name}\ndigest = {digest}\nscopes = {scopes}\n{more}"
 
 
-def _written(key: StaticKey) -> str:
+def _written(key: StoredKey) -> str:
     return entry_text(name=key.name, key_id=key.id, digest=key.digest, scopes=key.scopes)
 
 
@@ -46,7 +46,7 @@ def test_what_is_written_is_read(name: str, key_id: str, digest: str, scopes: fr
 
     keys = parse_keys(text)
 
-    assert keys == (StaticKey(key_id, name, digest, scopes),)
+    assert keys == (StoredKey(key_id, name, digest, scopes),)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,11 @@ def test_what_is_written_is_read(name: str, key_id: str, digest: str, scopes: fr
         ("", "keys: Field required"),
         ("keys = 1", "keys:"),
         ("keys = []\nkey = 2", "key: Extra inputs are not permitted"),
-        (_entry(more="tier = 'gold'"), "keys.0.tier: Extra inputs"),
+        (_entry(more="owner = 'x'"), "keys.0.owner: Extra inputs"),
+        (_entry(more="tier = ''"), "keys.0.tier"),
+        (_entry(more="rate = 'often'"), "keys.0.rate"),
+        (_entry(more="rate = '0/minute'"), "keys.0.rate"),
+        (_entry(more="expires = 2030-01-01T00:00:00"), "keys.0.expires"),
         ("[[keys]]", "keys.0.name: Field required; keys.0.digest: Field required; keys.0.scopes: Field required"),
         (_entry(name='""'), "keys.0.name"),
         (_entry(name='"a b"'), "keys.0.name"),
@@ -118,10 +122,25 @@ def test_any_text_is_keys_or_refused(text: str) -> None:
     assert keys == ()
 
 
-def test_a_store_finds_by_id_alone() -> None:
-    """A key is found by its whole id; by nothing else."""
-    store = StaticKeyStore([ALICE, BOB])
+def test_what_a_key_may_do_is_read_with_it() -> None:
+    """Tier, rate and expiry are an entry's own; the expiry is a moment, with its zone."""
+    text = _entry(more="tier = 'gold'\nrate = '10/second;600/minute'\nexpires = 2030-01-01T01:00:00+01:00")
 
-    found = [store.find(key_id) for key_id in ("AAAAAAAAAAAA", "BBBBBBBBBBBB", "alice", "aaaaaaaaaaaa", "")]
+    (key,) = parse_keys(text)
 
-    assert found == [ALICE, BOB, None, None, None]
+    assert (key.tier, key.rate, key.expires) == ("gold", "10/second;600/minute", 1_893_456_000)
+
+
+def test_digest_lines_are_read() -> None:
+    """One key a line, comments and empty lines aside."""
+    alice = f"sha256:AAAAAAAAAAAA:{DIGEST} alice agent:invoke,threads:read"
+    bob = f"sha256:BBBBBBBBBBBB:{DIGEST} bob.2_x-y agent:ping"
+
+    assert parse_digest_lines(f"# ours\n{alice}\n\n{bob}") == (ALICE, BOB)
+
+
+@pytest.mark.parametrize("line", ["x", "sha256:A:b c d", f"sha256:AAAAAAAAAAAA:{DIGEST} alice", "a b c d"])
+def test_a_faulty_digest_line_is_named(line: str) -> None:
+    """The line's number is told."""
+    with pytest.raises(ValueError, match="line 2: "):
+        parse_digest_lines(f"# first\n{line}\n")

@@ -221,9 +221,9 @@ def test_system_messages_pass_where_the_operator_lets_them() -> None:
 @pytest.mark.parametrize(
     ("value", "place"),
     [
-        ({"messages": [], "more": 1}, "more: Extra inputs"),
-        ({"messages": [], "Config": {}}, "Config: Extra inputs"),
-        ({"messages": [], "thread_id": "a"}, "thread_id: Extra inputs"),
+        ({"messages": [], "more": 1}, "unknown members: more."),
+        ({"messages": [], "Config": {}}, "unknown members: Config."),
+        ({"messages": [], "thread_id": "a"}, "unknown members: thread_id."),
         ({"messages": "hi"}, "messages: "),
         ({"messages": ["hi"]}, "messages.0: "),
         ({"messages": None}, "messages: "),
@@ -238,9 +238,9 @@ def test_system_messages_pass_where_the_operator_lets_them() -> None:
         ({"text": ""}, "text: "),
         ({"text": 1}, "text: "),
         ({"text": None}, "text: "),
-        ({"text": "hi", "messages": []}, "messages: Extra inputs"),
-        ({"text": "hi", "config": {}}, "config: Extra inputs"),
-        ({"text": "hi", "recursion_limit": 5}, "recursion_limit: Extra inputs"),
+        ({"text": "hi", "messages": []}, "unknown members: messages."),
+        ({"text": "hi", "config": {}}, "unknown members: config."),
+        ({"text": "hi", "recursion_limit": 5}, "unknown members: recursion_limit."),
     ],
 )
 def test_what_is_no_run_is_refused_by_place(value: object, place: str) -> None:

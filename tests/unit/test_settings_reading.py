@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.keys import entry_text
-from proxy.model import Deadlines, StaticKey
+from proxy.model import Deadlines, StoredKey
 from proxy.settings import SECRETS, Settings, SettingsError, describe, describe_environment, load
 
 AGENT = "agent-secret-of-enough-bytes-0001"
@@ -15,6 +15,7 @@ JWT = "jwt-secret-of-more-than-32-bytes-0002"
 THREAD = "thread-secret-of-enough-bytes-000003"
 DIGEST = "0123456789abcdef" * 4
 KEYS = entry_text(name="ci", key_id="AAAAAAAAAAAA", digest=DIGEST, scopes=["agent:invoke"])
+VALUES = {"api_keys": KEYS, "database_url": "postgresql+asyncpg://proxy@db/keys"}
 LEAST = {"PROXY_AGENT_SECRET": AGENT, "PROXY_JWT_SECRET": JWT}
 SECONDS = ["0", "-1", "86401", "nan", "inf", "soon"]
 BAD: dict[str, list[str]] = {
@@ -46,6 +47,14 @@ BAD: dict[str, list[str]] = {
     "jwks_stale_seconds": ["0", "nan", "1e10", "x"],
     "revocations_file": ["/nowhere", "/"],
     "api_keys": ["x", "[[keys]]", KEYS.replace("agent:invoke", "agent:fix"), KEYS * 2],
+    "database_url": [
+        "keys.db",
+        "sqlite:///keys.db",
+        "sqlite+aiosqlite:///:memory:",
+        "sqlite+aiosqlite:///",
+        "postgres://x",
+    ],
+    "key_store_grace_seconds": ["4", "86401", "nan", "x"],
     "rate_limit": ["60", "Off", "-1/minute", "60/fortnight", "60/minute;", "off;60/minute", "sixty/minute"],
     "auth_failure_limit": ["20", "20/moon"],
     "legacy_rate_headers": ["maybe", "2"],
@@ -67,7 +76,9 @@ BAD: dict[str, list[str]] = {
     "docs": ["perhaps"],
     "log_level": ["trace", "INFO"],
 }
-FREE = {"host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "jwt_tenant_claim"}
+FREE = {
+    "host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "jwt_tenant_claim", "audit_file",
+}  # fmt: skip
 """Settings that any text may be given for."""
 CASES = [(f"PROXY_{name.upper()}", value) for name, values in BAD.items() for value in values]
 
@@ -119,7 +130,7 @@ def test_everything_can_be_set() -> None:
     )
 
     assert (settings.host, settings.port, settings.agent_url) == ("::", 0, "http://[::1]:9")
-    assert settings.api_keys == (StaticKey("AAAAAAAAAAAA", "ci", DIGEST, frozenset({"agent:invoke"})),)
+    assert settings.api_keys == (StoredKey("AAAAAAAAAAAA", "ci", DIGEST, frozenset({"agent:invoke"})),)
     assert settings.thread_secret is not None
     assert settings.thread_secret.get_secret_value() == THREAD
     assert (settings.rate_limit, settings.auth_failure_limit) == ("10/second;1000/day", "off")
@@ -221,7 +232,7 @@ def test_an_empty_value_is_unset(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(SECRETS))
 def test_a_secret_may_be_in_a_file(name: str, tmp_path: Path) -> None:
     """Each secret is read from the file that is named, without the line end that files have."""
-    value = KEYS if name == "api_keys" else THREAD
+    value = VALUES.get(name, THREAD)
     (tmp_path / "secret").write_text(f"\n{value}\n")
     variable = f"PROXY_{name.upper()}"
 
@@ -236,7 +247,7 @@ def test_a_secret_is_given_once(name: str, tmp_path: Path) -> None:
     """By value and by file at the same time is refused: nobody could tell which counts."""
     (tmp_path / "secret").write_text(THREAD)
     variable = f"PROXY_{name.upper()}"
-    value = KEYS if name == "api_keys" else LEAST.get(variable, THREAD)
+    value = VALUES.get(name) or LEAST.get(variable, THREAD)
 
     problems = problems_of(LEAST | {variable: value, f"{variable}_FILE": str(tmp_path / "secret")})
 

@@ -13,8 +13,8 @@ from proxy.authentication import Authenticator
 from proxy.claims import ClaimRules, accept_claims
 from proxy.credentials import ApiKey, digest_of, make_key, parse_key
 from proxy.errors import BodyInvalid, CredentialInvalid, NotFound, Problem
-from proxy.keys import StaticKeyStore
-from proxy.model import Principal, StaticKey
+from proxy.keycache import KeyCache
+from proxy.model import Principal, StoredKey
 from proxy.tenancy import SEPARATOR, bind_parameters, qualify, tag_of
 
 SECRET = b"a secret of thirty-two bytes....."
@@ -193,8 +193,8 @@ def test_two_subjects_never_share_a_namespace(one: tuple[str | None, str], other
 def test_a_key_and_a_token_never_share_a_namespace(subject: str) -> None:
     """A subject that is named as a key is still not the key."""
     key = make_key(lambda alphabet: alphabet[0])
-    stored = StaticKey("0" * 12, "ci", digest_of(key), frozenset())
-    by_key = Authenticator(tokens=None, keys=StaticKeyStore([stored])).recall(ApiKey(key))
+    stored = StoredKey("0" * 12, "ci", digest_of(key), frozenset())
+    by_key = Authenticator(tokens=None, keys=KeyCache(pinned=[stored])).recall(ApiKey(key))
     assert parse_key(key) is not None
     assert by_key is not None
 

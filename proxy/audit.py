@@ -1,0 +1,51 @@
+"""Who was let in with what, and who was not: one event for each thing that somebody may have to answer for.
+
+Writes JSON lines to a logger of its own; never a credential, and of its text nothing that a terminal would obey.
+"""
+
+import logging
+from collections import OrderedDict
+from typing import Final
+
+from proxy.limits import address_partition
+from proxy.model import CredentialKind, Principal, Record
+
+log: Final = logging.getLogger("agentflow_proxy.audit")
+MOST_ADDRESSES: Final = 10_000
+
+
+class Audit:
+    """The events of one serving process. Which addresses a key came from is remembered for so many pairs."""
+
+    def __init__(self, most: int = MOST_ADDRESSES) -> None:
+        self._most = most
+        self._addresses: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    def note_use(self, principal: Principal, record: Record) -> None:
+        """Tell when this process sees a key used from an address, or a network of IPv6, for the first time."""
+        exact = (principal.key_id, record.address)
+        if exact in self._addresses:
+            return
+        network = (principal.key_id, address_partition(record.address))
+        is_new = network not in self._addresses
+        for pair in (network, exact):
+            self._addresses[pair] = None
+        while len(self._addresses) > self._most:
+            self._addresses.popitem(last=False)
+        if is_new:
+            write("key.used_from_new_address", key_id=principal.key_id, name=principal.name, **_where(record))
+
+    def note_refusal(self, kind: CredentialKind, record: Record, *, reason: str, key_id: str = "") -> None:
+        """Tell why a key or a token was refused; the caller is never told."""
+        named = {"key_id": key_id} if key_id else {}
+        event = "key.refused" if kind is CredentialKind.API_KEY else "token.refused"
+        write(event, reason=reason, **named, **_where(record))
+
+
+def write(event: str, **fields: str | int | list[str] | None) -> None:
+    """Write one event."""
+    log.info(event, extra={"fields": fields})
+
+
+def _where(record: Record) -> dict[str, str]:
+    return {"address": record.address, "request_id": record.request_id.decode()}

@@ -1,0 +1,205 @@
+"""API keys in a database, SQLite or Postgres: looked up, watched for changes, and written by the commands.
+
+Never sees a key, only digests; every answer comes within a stated time, or is KeyStoreDown.
+"""
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import aiosqlite
+import asyncpg  # type: ignore[import-untyped]
+import sqlalchemy as sql
+from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from proxy.errors import KeyStoreDown
+from proxy.migrations import is_at_head, upgrade
+from proxy.model import StoredKey
+
+ANSWER_SECONDS: Final = 2.0
+"""How long one answer to a serving process may take; with the time between polls it bounds a revocation."""
+_CONNECTIONS: Final = 3  # one each for the watch, the look-ups and the uses
+
+METADATA: Final = sql.MetaData()
+KEYS: Final = sql.Table(
+    "api_keys",
+    METADATA,
+    sql.Column("id", sql.String(12), primary_key=True),
+    sql.Column("name", sql.String(64), nullable=False),
+    sql.Column("digest", sql.String(64), nullable=False),
+    sql.Column("scopes", sql.Text, nullable=False),
+    sql.Column("tier", sql.String(64), nullable=False),
+    sql.Column("rate", sql.String(255)),
+    sql.Column("caller", sql.String(12), nullable=False),
+    sql.Column("created", sql.BigInteger, nullable=False),
+    sql.Column("expires", sql.BigInteger),
+    sql.Column("last_used", sql.BigInteger),
+    sql.Column("created_by", sql.String(255), nullable=False),
+    sql.Column("replaced_by", sql.String(12)),
+    sql.Column("grace_ends", sql.BigInteger),
+    sql.Column("revoked", sql.BigInteger),
+    sql.Column("changed", sql.BigInteger, nullable=False),
+)
+CHANGES: Final = sql.Table("key_changes", METADATA, sql.Column("number", sql.BigInteger, nullable=False))
+
+
+class KeyRefusedError(Exception):
+    """A command asked for what cannot be; its text is a sentence for people."""
+
+
+class SqlKeyStore:
+    """Keys in the database at `url`, an address as SQLAlchemy writes it. `patience` bounds each answer, in seconds.
+
+    Raises ValueError when the address cannot be read.
+    """
+
+    def __init__(self, url: str, *, patience: float = ANSWER_SECONDS) -> None:
+        self._patience = patience
+        try:
+            self._engine = _engine(url, patience)
+        except ArgumentError as error:
+            raise ValueError("is no address of a database") from error
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self._engine.dispose()
+
+    async def migrate(self) -> None:
+        """Bring the schema to the newest version; two at once wait for each other."""
+        async with self._asking() as connection:
+            await connection.run_sync(upgrade)
+
+    async def is_migrated(self) -> bool:
+        """Say whether the schema is the one that this version reads."""
+        async with self._asking() as connection:
+            return await connection.run_sync(is_at_head)
+
+    async def find(self, key_ids: Collection[str]) -> Mapping[str, StoredKey]:
+        async with self._asking() as connection:
+            rows = await connection.execute(sql.select(KEYS).where(KEYS.c.id.in_(key_ids)))
+            return {row.id: _key_of(dict(row._mapping)) for row in rows}  # noqa: SLF001  SQLAlchemy's public name
+
+    async def change_number(self) -> int:
+        async with self._asking() as connection:
+            return int((await connection.execute(sql.select(CHANGES.c.number))).scalar_one())
+
+    async def changed_since(self, number: int) -> Sequence[StoredKey]:
+        return await self._select(KEYS.c.changed > number)
+
+    async def note_uses(self, uses: Mapping[str, int]) -> None:
+        unused_since = sql.or_(KEYS.c.last_used.is_(None), KEYS.c.last_used < sql.bindparam("at"))
+        statement = sql.update(KEYS).where(KEYS.c.id == sql.bindparam("key_id"), unused_since)
+        values = [{"key_id": key_id, "at": at} for key_id, at in sorted(uses.items())]
+        async with self._asking() as connection:
+            await connection.execute(statement.values(last_used=sql.bindparam("at")), values)
+
+    async def all_keys(self) -> Sequence[StoredKey]:
+        """Give every key there ever was, the oldest first."""
+        return await self._select(sql.true())
+
+    async def matching(self, word: str) -> Sequence[StoredKey]:
+        """Give the key with this id, or every key of this name. Raises KeyRefusedError when there is none."""
+        keys = await self._select(KEYS.c.id == word) or await self._select(KEYS.c.name == word)
+        if not keys:
+            raise KeyRefusedError(f"{word}: there is no such key; see: agentflow-proxy keys list")
+        return keys
+
+    async def add(self, keys: Iterable[StoredKey]) -> dict[str, str]:
+        """Write new keys, or change what may change of known ones: name, scopes, tier, rate, expiry. All or none.
+
+        Gives `created`, `changed` or `unchanged` by id. Raises KeyRefusedError for a name that another current
+        key has, and for an id with another digest.
+        """
+        async with self._changing() as (connection, number):
+            return {key.id: await _put(connection, dataclasses.replace(key, changed=number)) for key in keys}
+
+    async def rotate(self, old: StoredKey, new: StoredKey, *, grace_ends: int) -> None:
+        """Write `new` in the place of `old`, which works on until `grace_ends` (Unix seconds)."""
+        async with self._changing() as (connection, number):
+            retired = {"replaced_by": new.id, "grace_ends": grace_ends, "changed": number}
+            free = (KEYS.c.id == old.id) & KEYS.c.replaced_by.is_(None) & KEYS.c.revoked.is_(None)
+            done = await connection.execute(sql.update(KEYS).where(free).values(retired))
+            if done.rowcount != 1:
+                raise KeyRefusedError(f"{old.name}: the key {old.id} was rotated or revoked before")
+            await _put(connection, dataclasses.replace(new, changed=number))
+
+    async def revoke(self, key_ids: Collection[str], now: int) -> None:
+        """Let these keys work no more, from `now` on."""
+        async with self._changing() as (connection, number):
+            chosen = KEYS.c.id.in_(key_ids) & KEYS.c.revoked.is_(None)
+            await connection.execute(sql.update(KEYS).where(chosen).values(revoked=now, changed=number))
+
+    async def _select(self, condition: sql.ColumnElement[bool]) -> Sequence[StoredKey]:
+        async with self._asking() as connection:
+            rows = await connection.execute(sql.select(KEYS).where(condition).order_by(KEYS.c.created, KEYS.c.id))
+            return [_key_of(dict(row._mapping)) for row in rows]  # noqa: SLF001  SQLAlchemy's public name
+
+    @asynccontextmanager
+    async def _changing(self) -> AsyncGenerator[tuple[AsyncConnection, int]]:
+        """Open a transaction that changes keys, and give its number.
+
+        Its first statement locks the one row of `key_changes` to its end, so that numbers become visible in
+        the order in which they were drawn: whoever has seen one has seen all before it.
+        """
+        async with self._asking() as connection:
+            grown = sql.update(CHANGES).values(number=CHANGES.c.number + 1).returning(CHANGES.c.number)
+            yield connection, int((await connection.execute(grown)).scalar_one())
+
+    @asynccontextmanager
+    async def _asking(self) -> AsyncGenerator[AsyncConnection]:
+        try:
+            async with asyncio.timeout(self._patience), self._engine.begin() as connection:
+                yield connection
+        except (SQLAlchemyError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            raise KeyStoreDown(reason=type(error).__name__) from error
+
+
+async def _put(connection: AsyncConnection, key: StoredKey) -> str:
+    row = _row_of(key)
+    known = (await connection.execute(sql.select(KEYS).where(KEYS.c.id == key.id))).one_or_none()
+    try:
+        if known is None:
+            await connection.execute(sql.insert(KEYS).values(row))
+            return "created"
+        if known.digest != key.digest:
+            raise KeyRefusedError(f"{key.name}: the id {key.id} belongs to another key")
+        named = {name: row[name] for name in ("name", "scopes", "tier", "rate", "expires")}
+        if all(getattr(known, name) == value for name, value in named.items()):
+            return "unchanged"
+        named["changed"] = key.changed
+        await connection.execute(sql.update(KEYS).where(KEYS.c.id == key.id).values(named))
+    except IntegrityError as error:
+        raise KeyRefusedError(f"{key.name}: another key has this name; rotate or revoke that one") from error
+    return "changed"
+
+
+def _row_of(key: StoredKey) -> dict[str, Any]:
+    return dataclasses.asdict(key) | {"scopes": " ".join(sorted(key.scopes)), "caller": key.caller or key.id}
+
+
+def _key_of(row: dict[str, Any]) -> StoredKey:
+    return StoredKey(**row | {"scopes": frozenset(row["scopes"].split())})
+
+
+def _engine(url: str, patience: float) -> AsyncEngine:
+    address = sql.make_url(url)
+    options: dict[str, Any] = {"pool_size": _CONNECTIONS, "max_overflow": 0, "pool_timeout": patience}
+    if address.get_backend_name() == "sqlite":
+        options["async_creator"] = lambda: _open_file(address.database or "", patience)
+    else:
+        options["connect_args"] = {"timeout": patience}
+    return create_async_engine(address, pool_pre_ping=True, hide_parameters=True, **options)
+
+
+async def _open_file(path: str, patience: float) -> aiosqlite.Connection:
+    """Open SQLite's file; wait up to `patience` seconds for another's lock."""
+    connection = aiosqlite.connect(path, timeout=patience)
+    try:
+        return await connection
+    except BaseException:
+        # Its thread still has a word for this loop, and aiosqlite does not wait for it.
+        await asyncio.to_thread(connection._thread.join)  # noqa: SLF001  there is no public name
+        raise

@@ -1,0 +1,124 @@
+"""What a client can do to its own connection, and cannot do to anybody else: raw sockets to a running proxy."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.principals import Principals
+from tests.support.proxy import Proxy, start_proxy, stop_proxy
+from tests.support.raw_upstream import CHUNKED_HEAD, Line, chunk, raw_upstream
+
+SECRET = "s" * 48
+LIVE = b"GET /health/live HTTP/1.1\r\nhost: a\r\n\r\n"
+
+
+def run(token: str, *fields: str, body: bytes = b'{"text":"hi"}') -> bytes:
+    """Write a stream request."""
+    lines = ["POST /agent/stream HTTP/1.1", "host: a", f"authorization: Bearer {token}", *fields]
+    lines += ["content-type: application/json", f"content-length: {len(body)}", "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+class House:
+    """A running proxy before an upstream that never ends its answer."""
+
+    def __init__(self, proxy: Proxy, token: str, gone: asyncio.Event) -> None:
+        self.proxy = proxy
+        self.token = token
+        self.gone = gone
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Open a connection to the proxy."""
+        host, _, port = self.proxy.url.removeprefix("http://").partition(":")
+        return await asyncio.open_connection(host, int(port))
+
+
+@pytest.fixture
+async def house(tmp_path: Path) -> AsyncIterator[House]:
+    """Run it."""
+    gone = asyncio.Event()
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(CHUNKED_HEAD + chunk(b"part"))
+        await line.gone()
+        gone.set()
+
+    principals = Principals()
+    async with raw_upstream(talk) as upstream:
+        proxy = await asyncio.to_thread(start_proxy, tmp_path, upstream.url, SECRET, **principals.environment())
+        try:
+            yield House(proxy, principals.token("alice"), gone)
+        finally:
+            await asyncio.to_thread(stop_proxy, proxy.process)
+
+
+async def test_a_request_behind_a_running_one_ends_both(house: House) -> None:
+    """Pipelining is refused: the connection is closed, and so is the run's, rather than left to go on unheard."""
+    reader, writer = await house.connect()
+    writer.write(run(house.token))
+    async with asyncio.timeout(10):
+        await reader.readuntil(b"part")
+        writer.write(LIVE)
+        rest = b""
+        try:
+            while part := await reader.read(65_536):
+                rest += part
+        except ConnectionError:
+            pass
+        await house.gone.wait()
+
+    assert b"live" not in rest
+    assert b"0\r\n\r\n" not in rest
+    writer.close()
+
+
+async def test_pipelined_requests_are_not_gathered(house: House) -> None:
+    """Of many requests sent at once at most the first is answered, and the connection ends."""
+    reader, writer = await house.connect()
+    writer.write(LIVE * 1000)
+    answers = b""
+    async with asyncio.timeout(10):
+        try:
+            while part := await reader.read(65_536):
+                answers += part
+        except ConnectionError:
+            pass
+
+    assert answers.count(b'{"status":"live"}') <= 1
+    writer.close()
+
+
+async def test_a_connection_serves_one_request_after_the_other(house: House) -> None:
+    """Keep-alive is not pipelining."""
+    reader, writer = await house.connect()
+    async with asyncio.timeout(10):
+        for _ in range(3):
+            writer.write(LIVE)
+            answer = await reader.readuntil(b"}")
+            assert answer.startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_the_body_of_an_upgrade_is_no_request(house: House) -> None:
+    """A request that offers an upgrade is refused, and what follows it is not read as the next request."""
+    reader, writer = await house.connect()
+    hidden = b"GET /health/live HTTP/1.1\r\nhost: a\r\nx-request-id: smuggled\r\n\r\n"
+    offered = run(house.token, "connection: upgrade", "upgrade: h2c", body=hidden)
+    writer.write(offered.removesuffix(hidden))
+    await writer.drain()
+    writer.write(hidden)
+    answers = b""
+    async with asyncio.timeout(10):
+        try:
+            while part := await reader.read(65_536):
+                answers += part
+        except ConnectionError:
+            pass
+
+    assert answers.startswith(b"HTTP/1.1 400")
+    assert answers.count(b"HTTP/1.1") == 1
+    assert b"smuggled" not in answers
+    writer.close()

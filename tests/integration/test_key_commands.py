@@ -1,0 +1,132 @@
+"""The commands for keys, as an operator and as his scripts meet them, and the page that tells of them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from proxy.credentials import make_key, parse_key
+from tests.support.commands import Operator
+from tests.support.proxy import ProxyStoppedError, start_proxy
+
+PAGE = Path(__file__).parents[2] / "docs" / "keys.md"
+
+
+@pytest.fixture
+def operator(tmp_path: Path) -> Operator:
+    """Give an operator before a migrated store."""
+    operator = Operator(f"sqlite+aiosqlite:///{tmp_path}/keys.db", tmp_path)
+    assert operator.run("migrate").returncode == 0
+    return operator
+
+
+def test_every_command_of_the_page_does(tmp_path: Path) -> None:
+    """What docs/keys.md says to type works as typed, from its first line to its last."""
+    commands = re.findall(r"^\$ (.+)$", PAGE.read_text(), re.MULTILINE)
+    path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
+
+    done = subprocess.run(
+        ["/bin/sh", "-eu"],
+        input="\n".join(commands),
+        cwd=tmp_path,
+        env={"PATH": path, "HOME": str(tmp_path), "USER": "olga"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert len(commands) >= 12
+    assert done.returncode == 0, done.stderr
+    written = [json.loads(line)["event"] for line in (tmp_path / "audit.log").read_text().splitlines()]
+    assert written == [
+        *("key.created", "key.created", "key.rotated", "key.revoked", "key.revoked", "key.created", "key.created"),
+    ]
+    assert done.stderr == ""
+
+
+def test_a_key_is_printed_once(operator: Operator) -> None:
+    """The key is in what `create` prints, and in nothing that any later command, the store or the audit log has."""
+    made = operator.keys("create", "--name", "billing", "--expires", "90d", "--rate", "600/minute", "--tier", "gold")
+    parts = parse_key(made["key"])
+    assert parts is not None
+    later = [operator.run("keys", *words).stdout for words in (["list"], ["show", "billing"], ["list", "--json"])]
+
+    assert (made["rate"], made["tier"], made["created_by"]) == ("600/minute", "gold", "olga")
+    for text in (*later, operator.audit.read_text(), (operator.directory / "keys.db").read_bytes().decode("latin-1")):
+        assert made["key"] not in text
+        assert made["key"].split("_")[2] not in text
+    assert all(parts.digest not in text for text in (*later, operator.audit.read_text()))
+    assert all("billing" in text for text in later)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["create", "--name", "a b"], "name: "),
+        (["create", "--name", "a", "--rate", "often"], "rate: "),
+        (["create", "--name", "a", "--tier", ""], "tier: "),
+        (["show", "nobody"], "nobody: there is no such key"),
+        (["revoke", "nobody"], "nobody: there is no such key"),
+        (["rotate", "nobody"], "nobody: there is no such key"),
+        (["import", "-"], "keys: Field required"),
+    ],
+)
+def test_a_refusal_is_a_sentence(operator: Operator, words: list[str], told: str) -> None:
+    """What cannot be done is told in one line, with status 1, and nothing is audited."""
+    done = operator.run("keys", *words)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+    assert operator.audit.read_text() == ""
+
+
+def test_a_revoked_key_is_not_rotated(operator: Operator) -> None:
+    """A key that has ended has no successor."""
+    operator.keys("create", "--name", "a")
+    operator.keys("revoke", "a")
+
+    done = operator.run("keys", "rotate", "a")
+
+    assert done.returncode == 1
+    assert "was rotated or revoked before" in done.stderr
+
+
+def test_no_store_is_told_as_such(tmp_path: Path) -> None:
+    """A command says which variable to set, that nobody answers, or which command to run first."""
+    told = [
+        Operator(url, tmp_path).run("keys", "list").stderr
+        for url in ("", "x", "postgresql+asyncpg://proxy@127.0.0.1:1/x", f"sqlite+aiosqlite:///{tmp_path}/new.db")
+    ]
+
+    for text, part in zip(
+        told, ("is required", "must be sqlite", "does not answer", "run: agentflow-proxy migrate"), strict=True
+    ):
+        assert "PROXY_DATABASE_URL: " in text
+        assert part in text
+
+
+def test_a_proxy_does_not_start_before_its_schema(tmp_path: Path) -> None:
+    """It says which command to run."""
+    operator = Operator(f"sqlite+aiosqlite:///{tmp_path}/keys.db", tmp_path)
+
+    with pytest.raises(ProxyStoppedError, match="run: agentflow-proxy migrate"):
+        start_proxy(tmp_path, "http://127.0.0.1:9", "s" * 48, **operator.environment())
+
+
+def test_what_is_imported_twice_is_there_once(operator: Operator) -> None:
+    """A file of digests can be imported by every run of a pipeline; only what differs is written and audited."""
+    parts = parse_key(make_key(lambda alphabet: alphabet[7]))
+    assert parts is not None
+    lines = [f"sha256:{parts.id}:{parts.digest} reports {scopes}" for scopes in ("agent:invoke", "agent:stream")]
+
+    outcomes = []
+    for line in (lines[0], lines[0], lines[1]):
+        done = operator.run("keys", "import", "-", "--json", text=line)
+        outcomes.append(json.loads(done.stdout)[parts.id])
+
+    assert outcomes == ["created", "unchanged", "changed"]
+    assert [line["event"] for line in operator.audited()] == ["key.created", "key.changed"]

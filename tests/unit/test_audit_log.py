@@ -1,0 +1,64 @@
+"""What the audit log remembers, and what it never shows."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from proxy import audit
+from proxy.audit import Audit
+from proxy.model import CredentialKind, Principal, Record
+from proxy.server import JsonFormatter
+
+ALICE = Principal("alice", "alice", "key:A", frozenset(), CredentialKind.API_KEY, key_id="A" * 12)
+
+
+@pytest.fixture
+def written() -> Iterator[io.StringIO]:
+    """Collect the lines as they would be written."""
+    text = io.StringIO()
+    handler = logging.StreamHandler(text)
+    handler.setFormatter(JsonFormatter())
+    before, audit.log.level = audit.log.level, logging.INFO
+    audit.log.addHandler(handler)
+    yield text
+    audit.log.removeHandler(handler)
+    audit.log.level = before
+
+
+def _record(address: str) -> Record:
+    return Record(b"id-1", 0.0, address)
+
+
+def test_an_address_is_new_once(written: io.StringIO) -> None:
+    """Each address of each key is told once; addresses of one IPv6 network are one."""
+    log = Audit()
+    for address in ("192.0.2.1", "192.0.2.2", "192.0.2.1", "2001:db8::1", "2001:db8::2", "2001:db8:1::1"):
+        log.note_use(ALICE, _record(address))
+
+    told = [json.loads(line)["address"] for line in written.getvalue().splitlines()]
+
+    assert told == ["192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8:1::1"]
+
+
+def test_what_is_remembered_is_bounded(written: io.StringIO) -> None:
+    """However many addresses a key comes from, so many pairs are kept and no more."""
+    log = Audit(most=10)
+    for number in range(1000):
+        log.note_use(ALICE, _record(f"2001:db8::{number:x}"))
+
+    assert len(log._addresses) == 10
+
+
+def test_no_control_character_is_written(written: io.StringIO) -> None:
+    """Whatever stands in a field, a terminal that shows the line obeys nothing, and the line is one line."""
+    everything = "".join(map(chr, range(0x300))) + "\u2028\u202e\ud800"
+    Audit().note_refusal(CredentialKind.JWT, _record("192.0.2.1"), reason=everything)
+
+    line = written.getvalue()
+
+    assert line.removesuffix("\n").isprintable()
+    assert line.isascii()
+    assert json.loads(line)["reason"] == everything

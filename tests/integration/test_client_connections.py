@@ -1,6 +1,7 @@
 """What a client can do to its own connection, and cannot do to anybody else: raw sockets to a running proxy."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def run(token: str, *fields: str, body: bytes = b'{"text":"hi"}') -> bytes:
     lines = ["POST /agent/stream HTTP/1.1", "host: a", f"authorization: Bearer {token}", *fields]
     lines += ["content-type: application/json", f"content-length: {len(body)}", "", ""]
     return "\r\n".join(lines).encode() + body
+
+
+async def rest_of(reader: asyncio.StreamReader) -> bytes:
+    """Read until the proxy closes or resets the connection."""
+    rest = b""
+    with contextlib.suppress(ConnectionError):
+        while part := await reader.read(65_536):
+            rest += part
+    return rest
 
 
 class House:
@@ -62,12 +72,7 @@ async def test_a_request_behind_a_running_one_ends_both(house: House) -> None:
     async with asyncio.timeout(10):
         await reader.readuntil(b"part")
         writer.write(LIVE)
-        rest = b""
-        try:
-            while part := await reader.read(65_536):
-                rest += part
-        except ConnectionError:
-            pass
+        rest = await rest_of(reader)
         await house.gone.wait()
 
     assert b"live" not in rest
@@ -79,13 +84,8 @@ async def test_pipelined_requests_are_not_gathered(house: House) -> None:
     """Of many requests sent at once at most the first is answered, and the connection ends."""
     reader, writer = await house.connect()
     writer.write(LIVE * 1000)
-    answers = b""
     async with asyncio.timeout(10):
-        try:
-            while part := await reader.read(65_536):
-                answers += part
-        except ConnectionError:
-            pass
+        answers = await rest_of(reader)
 
     assert answers.count(b'{"status":"live"}') <= 1
     writer.close()
@@ -110,13 +110,8 @@ async def test_the_body_of_an_upgrade_is_no_request(house: House) -> None:
     writer.write(offered.removesuffix(hidden))
     await writer.drain()
     writer.write(hidden)
-    answers = b""
     async with asyncio.timeout(10):
-        try:
-            while part := await reader.read(65_536):
-                answers += part
-        except ConnectionError:
-            pass
+        answers = await rest_of(reader)
 
     assert answers.startswith(b"HTTP/1.1 400")
     assert answers.count(b"HTTP/1.1") == 1

@@ -10,6 +10,7 @@ from pathlib import Path
 LOCAL = "local"
 PROVIDER = "openai"
 DEFAULT_DATABASE = Path(".agentflow/threads.sqlite")
+MEMORY = "memory"
 SECRET_BYTES = 32
 """RFC 7518, section 3.2: a key for HS256 has at least the size of its hash."""
 
@@ -33,7 +34,12 @@ class PostgresWithRedis:
     redis_url: str = field(repr=False)
 
 
-type Storage = SqliteFile | PostgresWithRedis
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Threads in this process alone, for as long as it runs."""
+
+
+type Storage = SqliteFile | PostgresWithRedis | Memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +82,8 @@ def _present(environment: Mapping[str, str]) -> dict[str, str]:
 def _storage(given: Mapping[str, str]) -> Storage:
     if "AGENT_POSTGRES_DSN" in given:
         return PostgresWithRedis(dsn=given["AGENT_POSTGRES_DSN"], redis_url=given["AGENT_REDIS_URL"])
+    if given.get("AGENT_DATABASE") == MEMORY:
+        return Memory()
     return SqliteFile(Path(given.get("AGENT_DATABASE", DEFAULT_DATABASE)))
 
 

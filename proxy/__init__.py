@@ -4,6 +4,9 @@
 2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keycache`) or token (`tokens`);
                       without a principal nothing else runs, and no byte of the body has been read. What is
                       refused, and where keys are used from, goes into the `audit`.
+                      A token is taken apart (`jose`), its signature proven with its issuer's keys (`issuers`,
+                      `publickeys`, `jwks`), its claims held to the issuer's rules (`claims`), and whether it was
+                      revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
 5.  `limits`          charges the caller's quota (`windows`), or refuses.
@@ -16,5 +19,6 @@
 
 `listing` filters the one answer that is not passed on as it came. `model` and `errors` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings`, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev` build the house and open the door.
+`settings`, `tokensettings`, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev` build the house and open
+the door.
 """

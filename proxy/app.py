@@ -16,16 +16,20 @@ from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from proxy import openapi
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
+from proxy.issuers import Issuer
+from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.model import Lifecycle, Upstream
 from proxy.observability import Observability
+from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
+from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
 from proxy.settings import Settings
 from proxy.tenancy import RunRules
-from proxy.tokens import InternalIdentity, TokenRules, TokenVerifier
+from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
 
 
@@ -125,17 +129,24 @@ def make_pool(settings: Settings) -> Pool:
     )
 
 
-def token_rules(settings: Settings) -> TokenRules | None:
-    """Give what callers' tokens must satisfy; None when tokens are not configured."""
-    if settings.jwt_secret is None:
-        return None
-    secret = settings.jwt_secret.get_secret_value()
-    return TokenRules(secret, settings.jwt_issuer, settings.jwt_audience, settings.jwt_leeway_seconds)
-
-
 def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier | None:
-    rules = token_rules(settings)
-    return TokenVerifier(rules, clock) if rules is not None else None
+    issuers = settings.token_issuers()
+    if not issuers:
+        return None
+    path = settings.revocations_file
+    revocations = RevocationFile(path, clock=time.monotonic) if path is not None else None
+    rules = FetchRules(
+        timeout=settings.jwks_timeout_seconds,
+        cooldown=settings.jwks_cooldown_seconds,
+        fresh=settings.jwks_refresh_seconds,
+        stale=settings.jwks_stale_seconds,
+    )
+    fetch = Fetcher(rules.timeout) if any(issuer.url for issuer in issuers) else None
+
+    def keys_of(issuer: Issuer) -> KeySource:
+        return KnownKeys(issuer.keys) if fetch is None or issuer.url is None else RemoteKeys(issuer, fetch, rules=rules)
+
+    return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
 
 
 def _thread_secret(settings: Settings) -> bytes:

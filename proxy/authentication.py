@@ -9,6 +9,7 @@ from typing import Final
 
 from proxy.audit import Audit
 from proxy.credentials import ApiKey, Credential, KeyParts, digests_match, parse_key, read_credential
+from proxy.delegation import act_for_named
 from proxy.errors import CredentialInvalid, CredentialMissing, Draining, MalformedCredential
 from proxy.keycache import KeyCache
 from proxy.limits import RateLimit, address_partition
@@ -50,7 +51,7 @@ class Authenticator:
         return self._tokens.recall(credential.text) if self._tokens is not None else None
 
     async def prove(self, credential: Credential) -> Principal:
-        """Prove what was not recalled. Raises CredentialInvalid, the reason for the log only, or KeyStoreDown."""
+        """Prove what was not recalled. Raises CredentialInvalid, the reason for the log only, or a 503 Problem."""
         if isinstance(credential, ApiKey):
             parts = parse_key(credential.text)
             if parts is None:
@@ -62,7 +63,7 @@ class Authenticator:
             return self._principal_of_key(key)
         if self._tokens is None:
             raise CredentialInvalid(reason="tokens are not configured")
-        return self._tokens.verify(credential.text)
+        return await self._tokens.prove(credential.text)
 
     def _fault_of(self, key: StoredKey | None, parts: KeyParts) -> str:
         """Say why what was presented is not this key, or why the key does not work; empty when it proves its caller."""
@@ -111,7 +112,8 @@ class Authentication:
                 principal = await self._prove(credential, record)
             if principal.key_id:
                 self._audit.note_use(principal, record)
-            record.principal = principal
+            record.principal = principal  # in the access line, whomever it acts for
+            record.principal = act_for_named(principal, scope["headers"])
             if self._lifecycle.draining:
                 raise Draining
         await self._app(scope, receive, send)

@@ -13,15 +13,16 @@ import time
 from collections.abc import Mapping, Sequence
 
 from proxy import dev, keycommands
-from proxy.app import token_rules
+from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text, parse_keys
-from proxy.operations import OPERATIONS, SCOPES
+from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.server import build, configure_logging, listen, require_schema
-from proxy.settings import SettingsError, describe, describe_environment, load
-from proxy.tokens import MAX_SUBJECT_LENGTH, issue_token
+from proxy.settings import Settings, SettingsError, describe, describe_environment, load
+from proxy.tokens import issue_token
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
+_SCOPES_HELP = f"separated by commas (all but {IMPERSONATE})"
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -68,12 +69,26 @@ def check(_: argparse.Namespace) -> int:
 
 
 def operations(_: argparse.Namespace) -> int:
-    """Print the table of what callers can reach."""
-    rows = [("METHOD", "PATH", "SCOPE"), *((row.method, row.path, row.scope) for row in OPERATIONS)]
-    width = max(len(path) for _, path, _ in rows)
-    for method, path, scope in rows:
-        _say(f"{method:<7} {path:<{width}} {scope}")
+    """Print the table of what callers can reach, with the limits that the environment sets, or else the usual ones."""
+    try:
+        settings = load(os.environ)
+    except SettingsError:
+        settings = Settings.model_construct()
+    rows = [("METHOD", "PATH", "SCOPE", "LIMITS")]
+    rows += [(row.method, row.path, row.scope, _limits(row, settings)) for row in OPERATIONS]
+    path, scope = (max(len(row[column]) for row in rows) for column in (1, 2))
+    for row in rows:
+        _say(f"{row[0]:<7} {row[1]:<{path}} {row[2]:<{scope}} {row[3]}")
     return 0
+
+
+def _limits(row: Operation, settings: Settings) -> str:
+    """Say what bounds an operation: what it takes of its caller's rate, its body, how long it may last."""
+    takes_body = row.kind in (Kind.RUN, Kind.CONTROL)
+    seconds = settings.total_timeout_seconds if row.kind is Kind.RUN else settings.query_timeout_seconds
+    rate = "no rate" if settings.rate_limit == "off" else f"{row.cost} of {settings.rate_limit}"
+    body = f"{settings.max_body_bytes} bytes" if takes_body else "no body"
+    return f"{rate}, {body}, {seconds:g} s"
 
 
 def new_key(options: argparse.Namespace) -> int:
@@ -97,12 +112,15 @@ def new_key(options: argparse.Namespace) -> int:
 
 def token(options: argparse.Namespace) -> int:
     """Print a token that this deployment accepts."""
-    rules = token_rules(load(os.environ))
-    if rules is None:
+    settings = load(os.environ)
+    issuer = settings.own_issuer()
+    if issuer is None:
         return _refuse(["PROXY_JWT_SECRET: is required to sign a token"])
     if not 0 < len(options.subject) <= MAX_SUBJECT_LENGTH or not options.subject.isprintable():
         return _refuse([f"--subject: must be 1 to {MAX_SUBJECT_LENGTH} printable characters"])
-    _say(issue_token(rules, subject=options.subject, scopes=options.scopes, now=time.time(), lifetime=options.expires))
+    if options.expires > settings.jwt_max_lifetime_seconds:
+        return _refuse(["--expires: is more than PROXY_JWT_MAX_LIFETIME_SECONDS; the token would be refused"])
+    _say(issue_token(issuer, subject=options.subject, scopes=options.scopes, now=time.time(), lifetime=options.expires))
     return 0
 
 
@@ -121,13 +139,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     made = keys.add_parser("new", help="print a new key and its entry for PROXY_API_KEYS_FILE")
     made.add_argument("--name", required=True)
-    made.add_argument("--scopes", type=_scopes, default=SCOPES, help="separated by commas (all)")
+    made.add_argument("--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP)
     made.add_argument("--json", action="store_true")
     made.set_defaults(command=new_key)
     keycommands.add_commands(commands, keys, scopes=_scopes, seconds=_seconds)
     signed = commands.add_parser("token", help="print a JWT signed with PROXY_JWT_SECRET")
     signed.add_argument("--subject", required=True)
-    signed.add_argument("--scopes", type=_scopes, default=SCOPES, help="separated by commas (all)")
+    signed.add_argument("--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP)
     signed.add_argument("--expires", type=_seconds, default=600, metavar="10m", help="s, m, h or d (10m)")
     signed.set_defaults(command=token)
     return parser

@@ -22,10 +22,10 @@ import httpx
 
 from proxy.credentials import make_key, parse_key
 from proxy.keys import entry_text
-from proxy.operations import SCOPES
+from proxy.operations import USUAL_SCOPES
 from proxy.server import build, configure_logging, listen
 from proxy.settings import PREFIX, Settings, SettingsError, load
-from proxy.tokens import TokenRules, issue_token
+from proxy.tokens import issue_token
 
 DIRECTORY: Final = Path(".dev")
 HOST: Final = "127.0.0.1"
@@ -88,8 +88,9 @@ def _serve(
     agent_url: str,
     kept: DevSecrets,
 ) -> int:
-    rules = TokenRules(kept.jwt_secret, settings.jwt_issuer, settings.jwt_audience, 0)
-    token = issue_token(rules, subject="dev-user", scopes=SCOPES, now=time.time(), lifetime=JWT_LIFETIME)
+    issuer = settings.own_issuer()
+    assert issuer is not None  # noqa: S101  its secret is among ours
+    token = issue_token(issuer, subject="dev-user", scopes=USUAL_SCOPES, now=time.time(), lifetime=JWT_LIFETIME)
     credentials = {
         "base_url": base_url,
         "agent_url": agent_url,
@@ -141,7 +142,7 @@ def _proxy_environment(environment: Mapping[str, str], kept: DevSecrets, agent_u
     parts = parse_key(kept.api_key)
     assert parts is not None  # noqa: S101  we made it
     ours = {
-        "PROXY_API_KEYS": entry_text(name="dev", key_id=parts.id, digest=parts.digest, scopes=SCOPES),
+        "PROXY_API_KEYS": entry_text(name="dev", key_id=parts.id, digest=parts.digest, scopes=USUAL_SCOPES),
         "PROXY_JWT_ISSUER": ISSUER,
         "PROXY_JWT_AUDIENCE": AUDIENCE,
         "PROXY_GRACE_SECONDS": "1",

@@ -246,7 +246,11 @@ class KeyStoreDown(Unavailable):
     title = "Keys cannot be looked up"
 
 
-# Upstream's fault.
+class KeysUnavailable(Unavailable):
+    """An issuer's keys were never fetched, or too long ago: nothing can be said of its tokens yet."""
+
+    code = "keys_unavailable"
+    title = "The credential cannot be proven now"
 
 
 class UpstreamProblem(Problem):

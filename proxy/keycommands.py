@@ -23,7 +23,7 @@ from proxy.errors import KeyStoreDown
 from proxy.keys import parse_digest_lines, parse_keys, read_entry
 from proxy.keystore import KeyRefusedError, SqlKeyStore
 from proxy.model import StoredKey
-from proxy.operations import SCOPES
+from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.server import MIGRATE_FIRST, JsonFormatter, configure_audit
 from proxy.settings import SettingsError, load_key_settings
 
@@ -44,7 +44,9 @@ def add_commands(
     commands.add_parser("migrate", help=text, description=text).set_defaults(command=_running(migrate))
     made = _add(keys, "create", create, "make a key and print it, once")
     made.add_argument("--name", required=True)
-    made.add_argument("--scopes", type=scopes, default=SCOPES, help="separated by commas (all)")
+    made.add_argument(
+        "--scopes", type=scopes, default=USUAL_SCOPES, help=f"separated by commas (all but {IMPERSONATE})"
+    )
     made.add_argument("--expires", type=seconds, metavar="90d", help="s, m, h or d (never)")
     made.add_argument("--rate", metavar="600/minute", help="instead of PROXY_RATE_LIMIT")
     made.add_argument("--tier", default="default")

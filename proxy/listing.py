@@ -3,7 +3,7 @@
 Pure. The sidecar's checkpointers differ in whose threads they list, so nothing it lists is trusted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import pydantic_core
@@ -24,6 +24,50 @@ class Page:
     search: str
     offset: int
     limit: int
+
+
+@dataclass(slots=True)
+class Gathering:
+    """The caller's threads as they are found, and what to ask the sidecar next.
+
+    A checkpointer that keeps callers apart lists the caller's own; one that does not lists everybody's, but
+    finds ids by a search, which Postgres does not. So everything is asked for first, and the tag is searched
+    for only when others' threads fill the page.
+    """
+
+    tag: str
+    answer: dict[str, Any] = field(default_factory=dict)
+    _found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _asked: int = 0
+    _searching: bool = False
+    _offset: int = 0
+    _done: bool = False
+    _missed: bool = False
+
+    def next_window(self) -> dict[str, str | int] | None:
+        """Give the query of the next page to ask for; None when there is no more to find."""
+        if self._done or self._asked == MOST_PAGES:
+            return None
+        self._asked += 1
+        window: dict[str, str | int] = {"offset": self._offset, "limit": UPSTREAM_PAGE}
+        return window | {"search": self.tag} if self._searching else window
+
+    def take(self, body: bytes) -> None:
+        """Read the page that was asked for. Raises UpstreamMalformed."""
+        self.answer, listed = threads_of(body)
+        mine = own(listed, self.tag)
+        self._found |= {str(thread["thread_id"]): thread for thread in mine}
+        self._offset += UPSTREAM_PAGE
+        if len(listed) < UPSTREAM_PAGE:
+            # A search that finds nothing on a full table was made where ids are not searched.
+            fruitless = self._searching and not mine and self._offset == UPSTREAM_PAGE
+            self._searching, self._missed, self._done = False, fruitless, not fruitless
+        elif not self._searching and not self._missed and len(mine) < len(listed):
+            self._searching, self._offset = True, 0
+
+    def threads(self) -> list[dict[str, Any]]:
+        """Give what was found, the latest changed first."""
+        return sorted(self._found.values(), key=lambda thread: str(thread.get("updated_at") or ""), reverse=True)
 
 
 def page_of(query: dict[str, str]) -> Page:

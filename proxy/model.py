@@ -31,6 +31,7 @@ class Principal:
     """A caller whose credential was proven.
 
     `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
+    `caller` is who is charged where that is not the namespace: a tenant's member, or who acts `on_behalf_of` a user.
     `key_id` is the API key's, empty for a token; `rate` replaces the deployment's own, in its notation.
     """
 
@@ -42,6 +43,13 @@ class Principal:
     tier: str = "default"
     rate: str | None = None
     key_id: str = ""
+    caller: str = ""
+    on_behalf_of: str | None = None
+
+    @property
+    def partition(self) -> str:
+        """Who this principal's quotas belong to."""
+        return self.caller or self.namespace
 
 
 @dataclass(frozen=True, slots=True)

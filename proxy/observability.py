@@ -118,6 +118,8 @@ class Observability:
         }
         if record.first_byte_at is not None:
             fields["first_byte_ms"] = round((record.first_byte_at - record.started) * 1000, 3)
+        if record.principal is not None and record.principal.on_behalf_of is not None:
+            fields["on_behalf_of"] = record.principal.on_behalf_of
         if record.fault:
             fields |= {"fault": record.fault, "reason": record.reason}
         access_log.info("request.finished", extra={"fields": fields})

@@ -45,7 +45,12 @@ READ: Final = "threads:read"
 DELETE: Final = "threads:delete"
 PING: Final = "agent:ping"
 
-SCOPES: Final = frozenset({INVOKE, STREAM, STOP, READ, DELETE, PING})
+IMPERSONATE: Final = "agent:impersonate"
+"""Of no operation: lets a service act for its users (X-On-Behalf-Of)."""
+
+USUAL_SCOPES: Final = frozenset({INVOKE, STREAM, STOP, READ, DELETE, PING})
+"""What a credential gets that nobody chose scopes for."""
+SCOPES: Final = USUAL_SCOPES | {IMPERSONATE}
 PAGING: Final = frozenset({"search", "offset", "limit"})
 
 _V1: Final = "/v1/graph"

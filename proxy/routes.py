@@ -5,7 +5,6 @@ Holds no policy of its own; nothing is reachable that is not a row of the operat
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlencode
 
 from starlette.routing import Route
@@ -14,7 +13,7 @@ from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream
 from proxy.limits import RateLimit
-from proxy.listing import MOST_PAGES, UPSTREAM_PAGE, encode_listing, own, page_of, select, threads_of
+from proxy.listing import Gathering, encode_listing, page_of, select
 from proxy.model import RECORD, App, Deadlines, Lifecycle, Principal, Receive, Record, Scope, Send, UpstreamRequest
 from proxy.operations import OPERATIONS, Kind, Operation, is_canonical
 from proxy.relay import Relay, read_body
@@ -73,19 +72,14 @@ class Phases:
     async def listing(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Gather the caller's own threads, and answer with the page of them that was asked for."""
         page = page_of(client_query(scope["query_string"], permit.operation.query))
-        answer: dict[str, Any] = {}
-        threads: list[dict[str, Any]] = []
-        for number in range(MOST_PAGES):
-            window = {"search": tag, "offset": number * UPSTREAM_PAGE, "limit": UPSTREAM_PAGE}
+        gathering = Gathering(tag)
+        while (window := gathering.next_window()) is not None:
             request = self._upstream(permit, scope, query=urlencode(window).encode())
             status, body = await self.relay.collect(request, self.query_deadlines, receive)
             if status != 200:  # noqa: PLR2004  OK
                 return await _respond(send, status, body)
-            answer, listed = threads_of(body)
-            threads += own(listed, tag)
-            if len(listed) < UPSTREAM_PAGE:
-                break
-        return await _respond(send, 200, encode_listing(answer, select(threads, page)))
+            gathering.take(body)
+        return await _respond(send, 200, encode_listing(gathering.answer, select(gathering.threads(), page)))
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         rules = self.body_rules
@@ -137,8 +131,10 @@ class Endpoint:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
         permit = authorize(principal, self._operation)
-        tag = tag_of(principal.namespace, self._phases.thread_secret)
-        record.answer_fields = self._phases.rate.spend(tag, self._operation.cost)
+        secret = self._phases.thread_secret
+        tag = tag_of(principal.namespace, secret)
+        payer = tag_of(principal.caller, secret) if principal.caller else tag
+        record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
         await self._perform(permit, tag, scope, receive, send)
 
 

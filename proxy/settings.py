@@ -19,18 +19,17 @@ from pydantic import (
     field_validator,
 )
 
+from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.model import Deadlines, StoredKey
+from proxy.tokensettings import Seconds, TokenSettings, readable_issuers
 
 PREFIX: Final = "PROXY_"
-MIN_SECRET_BYTES: Final = 32
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
 _LAST_PORT: Final = 65_535
 _LONGEST_WINDOW: Final = 366 * 86_400
 SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "database_url"})
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
-
-type Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class SettingsError(Exception):
@@ -45,7 +44,7 @@ def _secret(value: object) -> object:
     if isinstance(value, str) and not value.isprintable():
         raise ValueError("must be printable text")
     if isinstance(value, str) and len(value.encode()) < MIN_SECRET_BYTES:
-        raise ValueError(f"must have at least {MIN_SECRET_BYTES} bytes; make one with: openssl rand -base64 48")
+        raise ValueError(SHORT_SECRET)
     return value
 
 
@@ -72,10 +71,8 @@ type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
-class Settings(BaseModel):
+class Settings(TokenSettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: a free one")] = 8000
@@ -91,10 +88,6 @@ class Settings(BaseModel):
     thread_secret: Annotated[
         Secret | None, Field(description="keys the thread tags; unset: derived from the agent secret")
     ] = None
-    jwt_secret: Annotated[Secret | None, Field(description="verifies callers' tokens (HS256)")] = None
-    jwt_issuer: Annotated[str | None, Field(min_length=1, description="the iss every token must have")] = None
-    jwt_audience: Annotated[str | None, Field(min_length=1, description="the aud every token must have")] = None
-    jwt_leeway_seconds: Annotated[float, Field(ge=0, le=300, description="clock skew forgiven")] = 10
     api_keys: Annotated[tuple[StoredKey, ...], Field(description="[[keys]] in TOML")] = ()
     database_url: Annotated[DatabaseUrl | None, Field(description="where keys are kept; unset: api_keys alone")] = None
     key_store_grace_seconds: Annotated[
@@ -232,12 +225,20 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
     """Find what is wrong between settings, whatever is wrong with one of them."""
     faults = []
     has_keys = "api_keys" in given and _defines_keys(values.get("api_keys"))
-    if not {"jwt_secret", "database_url"} & given and not has_keys:
-        faults.append("settings: nobody could call: set PROXY_JWT_SECRET, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL")
-    secrets = [values[name] for name in ("agent_secret", "jwt_secret", "thread_secret") if name in values]
+    if not given & {"jwt_secret", "issuers_file", "database_url"} and not has_keys:
+        faults.append(
+            "settings: nobody could call: "
+            "set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL"
+        )
+    issuers = readable_issuers(values.get("issuers_file"))
+    secrets = [values[name] for name in ("agent_secret", "thread_secret") if name in values]
+    secrets += {line.strip() for line in values.get("jwt_secret", "").splitlines()}
+    secrets += [secret for issuer in issuers for secret in issuer.secrets]
     secrets = [secret for secret in secrets if secret.isprintable() and len(secret.encode()) >= MIN_SECRET_BYTES]
     if len(secrets) != len(set(secrets)):
         faults.append("settings: PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
+    if "jwt_secret" in given and values.get("jwt_issuer") in {issuer.rules.issuer for issuer in issuers}:
+        faults.append("settings: PROXY_JWT_ISSUER is in PROXY_ISSUERS_FILE too; one of them must go")
     return faults
 
 
@@ -264,6 +265,8 @@ def describe(settings: Settings) -> dict[str, object]:
         value = getattr(settings, name)
         if name == "api_keys":
             value = [key.name for key in value]
+        elif name == "issuers_file":
+            value = [entry.issuer for entry in value]
         elif isinstance(value, SecretStr):
             value = f"set ({len(value.get_secret_value())} characters)"
         shown[PREFIX + name.upper()] = value

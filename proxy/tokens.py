@@ -1,27 +1,28 @@
 """JSON Web Tokens: proving a caller's, and signing the short internal one that the sidecar trusts.
 
-The only room that imports `jwt`; a caller's token is never passed on, logged or kept in clear.
+A caller's token is never passed on, logged or kept in clear.
 """
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import jwt
 
+from proxy.claims import accept_claims
 from proxy.errors import CredentialInvalid
-from proxy.model import CredentialKind, Principal
+from proxy.issuers import Issuer
+from proxy.jose import UnprovenToken, read_token
+from proxy.model import Principal
+from proxy.publickeys import KeySource, Signatures
+from proxy.revocations import RevocationList, Revocations
 
 ALGORITHM: Final = "HS256"
 INTERNAL_LIFETIME: Final = 60
 """Seconds an internal token lives; one is reused for the first half."""
-_DAY: Final = 86_400
-_END_OF_TIME: Final = 253_402_300_800
-"""The year 10000, in Unix seconds."""
-MAX_SUBJECT_LENGTH: Final = 255
 _REMEMBERED: Final = 10_000
+_A_DAY: Final = 86_400
 
 
 class Memory[Value]:
@@ -44,104 +45,65 @@ class Memory[Value]:
             self._values.popitem(last=False)
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRules:
-    """What a caller's token must satisfy (RFC 7519, RFC 8725); `leeway` in seconds."""
-
-    secret: str
-    issuer: str | None
-    audience: str | None
-    leeway: float
-
-
 class TokenVerifier:
-    """Proves callers' tokens; a proven one is remembered by the SHA-256 of the whole until it expires."""
+    """Proves the tokens of `issuers`; a proven one is remembered by the SHA-256 of the whole until it expires.
 
-    def __init__(self, rules: TokenRules, clock: Callable[[], float]) -> None:
-        self._rules = rules
+    Each issuer comes with its keys. `clock` gives Unix seconds.
+    """
+
+    def __init__(
+        self,
+        issuers: Iterable[tuple[Issuer, KeySource]],
+        clock: Callable[[], float],
+        revocations: Revocations | None = None,
+    ) -> None:
+        self._issuers = {issuer.rules.issuer: (issuer, keys) for issuer, keys in issuers}
         self._clock = clock
+        self._signatures = Signatures()
+        self._revocations = revocations or RevocationList()
         self._proven: Memory[Principal] = Memory()
-        self._required = ["exp", "sub"]
-        if rules.issuer is not None:
-            self._required.append("iss")
-        if rules.audience is not None:
-            self._required.append("aud")
+        self._version = self._revocations.version()
 
     def recall(self, token: str) -> Principal | None:
-        """Give the principal of a token that was proven before and has not expired."""
+        """Give the principal of a token that was proven before, has not expired and is not revoked since."""
+        if (version := self._revocations.version()) != self._version:
+            self._version = version
+            self._proven = Memory()
         return self._proven.recall(_fingerprint(token), self._clock())
 
-    def verify(self, token: str) -> Principal:
-        """Prove `token`. Raises CredentialInvalid with the reason for the log only."""
-        rules = self._rules
-        try:
-            decoded = jwt.decode_complete(
-                token,
-                rules.secret,
-                algorithms=[ALGORITHM],
-                issuer=rules.issuer,
-                audience=rules.audience,
-                options={
-                    "require": self._required,
-                    "verify_aud": rules.audience is not None,
-                    # Times are checked below, by our clock, and only as numbers.
-                    "verify_exp": False,
-                    "verify_nbf": False,
-                    "verify_iat": False,
-                },
-            )
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError, OverflowError) as error:
-            raise CredentialInvalid(reason=type(error).__name__) from error
-        if "crit" in decoded["header"]:  # RFC 7515 §4.1.11: we understand no extension
-            raise CredentialInvalid(reason="crit")
-        claims = decoded["payload"]
-        now = self._clock()
-        expires = _seconds(claims, "exp") + rules.leeway
-        if now >= expires:
-            raise CredentialInvalid(reason="expired")
-        for name in ("nbf", "iat"):
-            if name in claims and _seconds(claims, name) - rules.leeway > now:
-                raise CredentialInvalid(reason=f"{name} is in the future")
-        principal = principal_of(claims)
-        self._proven.keep(_fingerprint(token), principal, min(expires, now + _DAY))
-        return principal
+    async def prove(self, text: str) -> Principal:
+        """Prove a token; waits only where its issuer's keys must be fetched.
 
+        Raises CredentialInvalid with the reason for the log only, KeysUnavailable when its keys cannot be had.
+        """
+        token = read_token(text)
+        issuer, keys = self._issuer_of(token)
+        if token.algorithm not in issuer.algorithms:
+            raise CredentialInvalid(reason="alg is another")
+        if token.type not in issuer.rules.types:
+            raise CredentialInvalid(reason="typ is another")
+        found = await keys.find(token.key_id, token.algorithm)
+        if not found:
+            raise CredentialInvalid(reason="no key for its kid and alg")
+        if not self._signatures.prove(token, found):
+            raise CredentialInvalid(reason="signature")
+        claimed = accept_claims(token.claims, issuer.rules, self._clock())
+        version = self._revocations.version()
+        subject, told = claimed.principal.subject, claimed.token_id
+        if self._revocations.covers(issuer=claimed.issuer, subject=subject, token_id=told, issued=claimed.issued):
+            raise CredentialInvalid(reason="revoked")
+        if version == self._version:
+            self._proven.keep(_fingerprint(text), claimed.principal, min(claimed.expires, self._clock() + _A_DAY))
+        return claimed.principal
 
-def _seconds(claims: Mapping[str, object], name: str) -> float:
-    """Read a NumericDate (RFC 7519 §2): PyJWT would take one written as text."""
-    value = claims[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < _END_OF_TIME:
-        raise CredentialInvalid(reason=f"{name} is no time")
-    return value
-
-
-def principal_of(claims: Mapping[str, object]) -> Principal:
-    """Read the principal from proven claims; scopes as in RFC 8693 §4.2 (`scope`) or a list (`scopes`).
-
-    Raises CredentialInvalid when the subject is no plain, printable text or the scopes are neither.
-    """
-    subject = claims.get("sub")
-    if not isinstance(subject, str) or not 0 < len(subject) <= MAX_SUBJECT_LENGTH or not subject.isprintable():
-        raise CredentialInvalid(reason="sub is not printable text")
-    issuer = claims.get("iss", "")
-    if not isinstance(issuer, str) or not issuer.isprintable():
-        raise CredentialInvalid(reason="iss is not text")
-    return Principal(
-        subject=subject,
-        name=subject,
-        namespace=f"jwt:{len(issuer)}:{issuer}:{subject}",
-        scopes=frozenset(_scopes(claims)),
-        kind=CredentialKind.JWT,
-    )
-
-
-def _scopes(claims: Mapping[str, object]) -> list[str]:
-    scopes = claims.get("scope", claims.get("scopes", ""))
-    if isinstance(scopes, str):
-        return scopes.split()
-    if isinstance(scopes, list) and all(isinstance(scope, str) for scope in scopes):
-        return scopes
-    raise CredentialInvalid(reason="scope is neither text nor a list of texts")
+    def _issuer_of(self, token: UnprovenToken) -> tuple[Issuer, KeySource]:
+        """Choose whose rules a token must satisfy: those of the issuer it names, or those that name none."""
+        named = token.claims.get("iss")
+        found = self._issuers.get(named) if isinstance(named, str) else None
+        found = found or self._issuers.get(None)
+        if found is None:
+            raise CredentialInvalid(reason="iss is another")
+        return found
 
 
 class InternalIdentity:
@@ -160,19 +122,21 @@ class InternalIdentity:
         """Give a token for `principal` that lives at least another 30 s; its `user_id` is the namespace."""
         now = self._clock()
         user_id = principal.namespace
-        signed = self._signed.recall(user_id, now)
+        whom = f"{len(user_id)}:{user_id}:{principal.subject}"  # a tenant is one user to the sidecar, of many subjects
+        signed = self._signed.recall(whom, now)
         if signed is None:
             who = {"user_id": user_id, "sub": principal.subject}
             times = {"iat": int(now), "exp": int(now) + INTERNAL_LIFETIME}
             signed = jwt.encode(who | times | self._fixed, self._secret, ALGORITHM).encode()
-            self._signed.keep(user_id, signed, int(now) + INTERNAL_LIFETIME / 2)
+            self._signed.keep(whom, signed, int(now) + INTERNAL_LIFETIME / 2)
         return signed
 
 
-def issue_token(rules: TokenRules, *, subject: str, scopes: frozenset[str], now: float, lifetime: int) -> str:
-    """Sign a caller's token under `rules`, `lifetime` seconds long, for the `token` command."""
+def issue_token(issuer: Issuer, *, subject: str, scopes: frozenset[str], now: float, lifetime: int) -> str:
+    """Sign a caller's token with the newest of the issuer's secrets, `lifetime` seconds long."""
     claims = {"sub": subject, "iat": int(now), "exp": int(now) + lifetime, "scope": " ".join(sorted(scopes))}
-    return jwt.encode(claims | _present({"iss": rules.issuer, "aud": rules.audience}), rules.secret, ALGORITHM)
+    named = _present({"iss": issuer.rules.issuer, "aud": issuer.rules.audience})
+    return jwt.encode(claims | named, issuer.secrets[-1], ALGORITHM)
 
 
 def _present(claims: dict[str, str | None]) -> dict[str, str]:

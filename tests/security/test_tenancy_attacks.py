@@ -1,7 +1,8 @@
 """What one caller tries on another's threads, against a real sidecar that would let him, through the real proxy.
 
-The sidecar runs in development mode on SQLite, where it asks nobody whose a thread is: all that stands between
-callers is the proxy. Each attack has its counterpart, the owner's own use, so that nothing passes by being broken.
+The sidecar runs in development mode, where it asks nobody whose a thread is, and in production as it is deployed,
+each with every store it knows: only the proxy may be relied on. Each attack has its counterpart, the owner's own
+use, so that nothing passes by being broken.
 """
 
 import itertools
@@ -17,6 +18,7 @@ import pytest
 from tests.security.wire import exchange, head
 from tests.support.agent import Agent, ask, start_agent
 from tests.support.agent import stop as stop_agent
+from tests.support.checkpoints import storage
 from tests.support.principals import Principals
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
 
@@ -48,15 +50,27 @@ def client_of(proxy: Proxy, **credential: str) -> httpx.Client:
     return httpx.Client(base_url=proxy.url, headers=credential, timeout=20, trust_env=False)
 
 
-@pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+PRODUCTION = {"MODE": "production", "ORIGINS": "https://app.test"}
+SIDECARS = {
+    "sqlite": {},
+    "memory": {},
+    "postgres": {},
+    "sqlite in production": PRODUCTION,
+    "memory in production": PRODUCTION,
+    "postgres in production": PRODUCTION,
+}
+
+
+@pytest.fixture(scope="module", params=SIDECARS)
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """One sidecar, two proxies that share its secret, three callers."""
     directory = tmp_path_factory.mktemp("tenancy")
     principals = Principals()
     key = principals.key("alice")
     unlimited = {"PROXY_RATE_LIMIT": "off", "PROXY_AUTH_FAILURE_LIMIT": "off"}
     with ExitStack() as stack:
-        agent = start_agent(directory)
+        kept_in = stack.enter_context(storage(request.param.partition(" ")[0]))
+        agent = start_agent(directory, **kept_in, **SIDECARS[request.param])
         stack.callback(stop_agent, agent.process)
         proxies = []
         for settings in (principals.environment(), principals.environment() | {"PROXY_JWT_ISSUER": ""}):
@@ -94,8 +108,9 @@ def diary(house: House) -> Diary:
 
 
 def said(client: httpx.Client, thread_id: object) -> list[str]:
-    """Read every text of a thread."""
-    messages = client.get(f"{THREADS}/{thread_id}/messages").raise_for_status().json()["data"]["messages"]
+    """Read every text of a thread; AgentFlow's store in memory lists each message twice."""
+    listed = client.get(f"{THREADS}/{thread_id}/messages").raise_for_status().json()["data"]["messages"]
+    messages = {message["message_id"]: message for message in listed}.values()
     return [block["text"] for message in messages for block in message["content"] if block["type"] == "text"]
 
 
@@ -280,7 +295,7 @@ def test_a_path_does_not_reach_anothers_thread(house: House, diary: Diary, spell
     answer = exchange(house.proxy.url, head(method, target, ("Authorization", house.mallory.headers["Authorization"])))
 
     assert SECRET.encode() not in answer.body
-    assert answer.status in (200, 404, 500)
+    assert answer.status in (200, 404, 422, 500)
     assert answer.status == 404 or diary.id.encode() not in answer.body
     assert untouched(house, diary)
 
@@ -314,7 +329,7 @@ def test_a_path_is_one_thread(house: House, diary: Diary, target: str) -> None:
     )
 
     assert SECRET.encode() not in answer.body
-    assert diary.message_id.encode() not in answer.body
+    assert b"Message not found" in answer.body or diary.message_id.encode() not in answer.body
 
 
 @pytest.mark.parametrize("named", ["{name}", "{id}", "{coded}", "%20{name}"])
@@ -413,12 +428,12 @@ def test_history_is_not_forged(house: House, diary: Diary, method: str, path: st
 
 
 def test_a_message_id_of_anothers_replaces_nothing(house: House, diary: Diary) -> None:
-    """A message sent under the id of somebody's message stays in the sender's thread."""
+    """A message sent under the id of somebody's message stays in the sender's thread, or is refused (Postgres)."""
     message = {"message_id": diary.message_id, "role": "user", "content": [{"type": "text", "text": "forged"}]}
 
     answer = house.mallory.post("/agent/invoke", json={"messages": [message], "config": {"thread_id": diary.name}})
 
-    assert answer.status_code == 200
+    assert answer.status_code in (200, 422, 500)
     assert untouched(house, diary)
 
 
@@ -701,5 +716,45 @@ def test_a_failing_request_costs_nobody_elses(house: House) -> None:
         failed = house.mallory.get(f"{THREADS}/none/messages/absent-{number}")
         answers.append((failed.status_code, house.alice.get("/agent/ping").status_code))
 
-    assert {status for status, _ in answers} == {500}
+    assert {status for status, _ in answers} <= {422, 500}
     assert {status for _, status in answers} == {200}
+
+
+# Acting for another.
+
+
+def test_whoever_may_not_act_for_others_does_not(house: House, diary: Diary) -> None:
+    """The header without its scope is a refusal, whomever it names; it opens nothing and starts no run."""
+    for user in ("alice", "mallory", diary.tag, diary.id):
+        answer = house.mallory.post(
+            "/agent/invoke",
+            json={"text": "[recall]", "thread_id": diary.name},
+            headers={"X-On-Behalf-Of": user},
+        )
+        with house.caller("mallory", scope="agent:invoke threads:read") as mallory:
+            plain = mallory.get(THREADS, headers={"X-On-Behalf-Of": user})
+
+        assert (plain.status_code, plain.json()["code"]) == (403, "insufficient_scope")
+        assert SECRET not in answer.text
+
+    assert untouched(house, diary)
+
+
+def test_a_service_acts_for_its_own_users_only(house: House, diary: Diary) -> None:
+    """It reaches neither those who have a credential of their own, nor another service's users, by any name."""
+    scope = "agent:impersonate agent:invoke threads:read"
+    said_to = {}
+    with house.caller("shop", scope=scope) as shop, house.caller("desk", scope=scope) as desk:
+        for service, user in ((shop, "alice"), (desk, "alice"), (shop, "bob"), (shop, f"{diary.tag}")):
+            run = {"text": f"{SECRET} of {user}", "thread_id": diary.name}
+            first = service.post("/agent/invoke", json={**run, "text": "[recall]"}, headers={"X-On-Behalf-Of": user})
+            service.post("/agent/invoke", json=run, headers={"X-On-Behalf-Of": user})
+            said_to[thread_of(first)] = last_text(first)
+        listed = shop.get(THREADS, headers={"X-On-Behalf-Of": "bob"}).json()["data"]["threads"]
+        own = shop.get(THREADS).json()["data"]["threads"]
+
+    assert len(said_to) == 4
+    assert set(said_to.values()) == {"Nothing was said before."}
+    assert len(listed) == 1
+    assert own == []
+    assert untouched(house, diary)

@@ -6,6 +6,7 @@ import pytest
 
 from agent_service.checkpoints import open_checkpointer
 from agent_service.settings import (
+    Memory,
     PostgresWithRedis,
     Settings,
     SettingsError,
@@ -80,3 +81,9 @@ def test_the_database_belongs_to_its_user_alone(tmp_path: Path) -> None:
 
     assert database.parent.stat().st_mode & 0o777 == 0o700
     assert database.stat().st_mode & 0o777 == 0o600
+
+
+def test_threads_may_be_kept_nowhere() -> None:
+    """`memory` is no file's name, but the word for none."""
+    assert read_storage({"AGENT_DATABASE": "memory"}) == Memory()
+    assert type(open_checkpointer(Memory())).__name__ == "OwnedMemory"

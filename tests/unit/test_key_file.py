@@ -67,7 +67,7 @@ def test_what_is_written_is_read(name: str, key_id: str, digest: str, scopes: fr
         (_entry(name='"-a"'), "keys.0.name"),
         (_entry(name='"alice\\n"'), "keys.0.name"),
         (_entry(name=f'"{"a" * 65}"'), "keys.0.name"),
-        (_entry(scopes='["agent:invoke", "agent:fix"]'), "unknown: agent:fix; known: agent:invoke"),
+        (_entry(scopes='["agent:invoke", "agent:fix"]'), "unknown: agent:fix; known: agent:impersonate"),
         (_entry(scopes='"agent:invoke"'), "keys.0.scopes"),
         (_entry(digest=f'"{DIGEST}"'), "must be sha256:"),
         (_entry(digest=f'"sha256:AAAAAAAAAAAA:{DIGEST[1:]}"'), "must be sha256:"),

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.operations import (
+    IMPERSONATE,
     NOT_EXPOSED,
     NOT_EXPOSED_PREFIXES,
     OPERATIONS,
     PAGING,
     SCOPES,
+    USUAL_SCOPES,
     Kind,
     Operation,
     is_canonical,
@@ -68,8 +70,8 @@ def test_no_two_rows_are_one() -> None:
 
 
 def test_every_scope_opens_something() -> None:
-    """There is no scope that means nothing."""
-    assert {row.scope for row in OPERATIONS} == SCOPES
+    """There is no scope that means nothing; to act for others is the one that no operation needs."""
+    assert {row.scope for row in OPERATIONS} == USUAL_SCOPES == SCOPES - {IMPERSONATE}
 
 
 def test_scopes_fit_into_a_header() -> None:

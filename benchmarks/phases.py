@@ -26,11 +26,12 @@ from benchmarks.processes import choose_cores
 from benchmarks.tokens import make_body, make_token
 from proxy.app import create_app
 from proxy.authentication import Authentication
+from proxy.environment import load
 from proxy.limits import RateLimit
 from proxy.observability import Observability
 from proxy.relay import Relay
 from proxy.server import configure_logging
-from proxy.settings import Settings, load
+from proxy.settings import Settings
 from proxy.tokens import InternalIdentity
 
 ROUNDS = 7

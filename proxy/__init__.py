@@ -17,8 +17,8 @@
 10. `relay`           passes the bytes on as they come, until either side ends it.
 11. `observability`   writes the access line.
 
-`listing` filters the one answer that is not passed on as it came. `model` and `errors` hold what travels;
+`listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings`, `tokensettings`, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev` build the house and open
-the door.
+`settings` and `tokensettings`, which `environment` reads, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev`
+build the house and open the door.
 """

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 import httptools
 
-from proxy.errors import Problem, UpstreamMalformed
+from proxy.errors import Problem
 from proxy.model import Headers
+from proxy.outages import UpstreamMalformed
 
 MAX_HEAD_BYTES: Final = 65_536
 _BODYLESS: Final = frozenset({204, 304})

@@ -10,7 +10,7 @@ from typing import Final
 from proxy.audit import Audit
 from proxy.credentials import ApiKey, Credential, KeyParts, digests_match, parse_key, read_credential
 from proxy.delegation import act_for_named
-from proxy.errors import CredentialInvalid, CredentialMissing, Draining, MalformedCredential
+from proxy.errors import CredentialInvalid, CredentialMissing, MalformedCredential
 from proxy.keycache import KeyCache
 from proxy.limits import RateLimit, address_partition
 from proxy.model import (
@@ -26,6 +26,7 @@ from proxy.model import (
     Send,
     StoredKey,
 )
+from proxy.outages import Draining
 from proxy.tokens import TokenVerifier
 
 PUBLIC: Final = frozenset({"/health/live", "/health/ready", "/docs", "/openapi.json"})

@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from proxy import dev, keycommands
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
+from proxy.environment import SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text, parse_keys
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.server import build, configure_logging, listen, require_schema
-from proxy.settings import Settings, SettingsError, describe, describe_environment, load
+from proxy.settings import Settings
 from proxy.tokens import issue_token
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")

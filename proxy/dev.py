@@ -21,10 +21,11 @@ from typing import Final, NoReturn
 import httpx
 
 from proxy.credentials import make_key, parse_key
+from proxy.environment import PREFIX, SettingsError, load
 from proxy.keys import entry_text
 from proxy.operations import USUAL_SCOPES
 from proxy.server import build, configure_logging, listen
-from proxy.settings import PREFIX, Settings, SettingsError, load
+from proxy.settings import Settings
 from proxy.tokens import issue_token
 
 DIRECTORY: Final = Path(".dev")

@@ -1,5 +1,6 @@
-"""The tree of problems a caller can be told of, as RFC 9457 values; each knows whose fault it is.
+"""The problems a caller can be told of, as RFC 9457 values; each knows whose fault it is. Here: the caller's own.
 
+Those of this proxy and of the sidecar are in `outages`.
 Nothing here writes a response, and no problem carries a credential or an upstream's own words.
 """
 
@@ -54,9 +55,6 @@ class Problem(Exception):  # noqa: N818  RFC 9457 calls it a problem
             fields["detail"] = self.detail
         fields |= {"instance": instance, "code": self.code, "request_id": request_id}
         return pydantic_core.to_json(fields | self.members())
-
-
-# The client's fault.
 
 
 class ClientProblem(Problem):
@@ -209,91 +207,3 @@ class ClientLeft(ClientProblem):
     status = 499
     code = "client_left"
     title = "The client left"
-
-
-class Unavailable(Problem):
-    """Not now; soon, perhaps."""
-
-    status = 503
-    code = "unavailable"
-    type = REDUCED_CAPACITY
-
-    def headers(self) -> Headers:
-        return [(b"retry-after", b"1")]
-
-
-class Draining(Unavailable):
-    """This process is shutting down."""
-
-    code = "draining"
-    title = "This proxy is shutting down"
-
-    def headers(self) -> Headers:
-        return [*super().headers(), CLOSE]
-
-
-class PoolExhausted(Unavailable):
-    """Every upstream connection is in use."""
-
-    code = "overloaded"
-    title = "Too many requests are in flight"
-
-
-class KeyStoreDown(Unavailable):
-    """A key is not known here, and the store that may know it does not answer."""
-
-    code = "key_store_down"
-    title = "Keys cannot be looked up"
-
-
-class KeysUnavailable(Unavailable):
-    """An issuer's keys were never fetched, or too long ago: nothing can be said of its tokens yet."""
-
-    code = "keys_unavailable"
-    title = "The credential cannot be proven now"
-
-
-class UpstreamProblem(Problem):
-    """The sidecar was at fault."""
-
-    status = 502
-    code = "upstream_unreachable"
-    title = "The agent cannot be reached"
-    fault = Fault.UPSTREAM
-
-
-class UpstreamCut(UpstreamProblem):
-    """The answer ended before its end."""
-
-    code = "upstream_cut"
-    title = "The agent's answer was cut off"
-
-
-class UpstreamMalformed(UpstreamProblem):
-    """The answer broke HTTP's framing rules (RFC 9112), or ours for it."""
-
-    code = "upstream_malformed"
-    title = "The agent's answer cannot be read"
-
-
-class RunDeadline(UpstreamProblem):
-    """The exchange took longer than it may in all, whoever was slow."""
-
-    status = 504
-    code = "total_deadline"
-    title = "The answer took too long"
-
-
-class UpstreamDistrust(UpstreamProblem):
-    """The sidecar refused our internal token: its secret, issuer or audience is not ours. Never the caller's 401."""
-
-    code = "upstream_distrust"
-    title = "The agent does not trust this proxy"
-
-
-class UpstreamDeadline(UpstreamProblem):
-    """The answer did not come, or did not go on, in time."""
-
-    status = 504
-    code = "upstream_deadline"
-    title = "The agent did not answer in time"

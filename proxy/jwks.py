@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import httpx
 
-from proxy.errors import KeysUnavailable
 from proxy.issuers import Issuer, fetchable
+from proxy.outages import KeysUnavailable
 from proxy.publickeys import VerificationKey, candidates, set_keys
 
 log: Final = logging.getLogger("agentflow_proxy.tokens")

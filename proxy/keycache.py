@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from proxy.errors import KeyStoreDown
 from proxy.keylookup import Lookups
 from proxy.model import KeyStore, StoredKey
+from proxy.outages import KeyStoreDown
 
 log: Final = logging.getLogger("agentflow_proxy.keys")
 POLL_SECONDS: Final = 2.0

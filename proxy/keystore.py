@@ -15,9 +15,9 @@ import sqlalchemy as sql
 from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from proxy.errors import KeyStoreDown
 from proxy.migrations import is_at_head, upgrade
 from proxy.model import StoredKey
+from proxy.outages import KeyStoreDown
 
 ANSWER_SECONDS: Final = 2.0
 """How long one answer to a serving process may take; with the time between polls it bounds a revocation."""

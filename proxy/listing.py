@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import pydantic_core
 
-from proxy.errors import ClientProblem, UpstreamMalformed
+from proxy.errors import ClientProblem
+from proxy.outages import UpstreamMalformed
 from proxy.tenancy import SEPARATOR, is_finite
 
 UPSTREAM_PAGE: Final = 1000

@@ -12,9 +12,10 @@ from typing import Final
 
 from starlette.exceptions import HTTPException
 
-from proxy.errors import Draining, MethodNotAllowed, NotFound, Problem
+from proxy.errors import MethodNotAllowed, NotFound, Problem
 from proxy.forwarding import request_id_of
 from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, Send
+from proxy.outages import Draining
 
 access_log: Final = logging.getLogger("agentflow_proxy.access")
 error_log: Final = logging.getLogger("agentflow_proxy.error")

@@ -7,17 +7,10 @@ import asyncio
 from types import TracebackType
 from typing import Final, Self
 
-from proxy.errors import (
-    BodyTimeout,
-    BodyTooLarge,
-    BodyUnsupported,
-    ClientLeft,
-    RunDeadline,
-    UpstreamDistrust,
-    UpstreamMalformed,
-)
+from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft
 from proxy.forwarding import downstream_headers
 from proxy.model import Deadlines, Exchange, Headers, Receive, Send, Upstream, UpstreamRequest
+from proxy.outages import RunDeadline, UpstreamDistrust, UpstreamMalformed
 
 MAX_COLLECTED_BYTES: Final = 16 << 20
 

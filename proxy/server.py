@@ -20,12 +20,13 @@ import uvicorn
 
 from proxy import audit
 from proxy.app import create_app, make_pool
-from proxy.errors import KeyStoreDown
+from proxy.environment import SettingsError
 from proxy.keystore import SqlKeyStore
 from proxy.model import Lifecycle
 from proxy.observability import place_of
+from proxy.outages import KeyStoreDown
 from proxy.protocol import OneAtATime
-from proxy.settings import Settings, SettingsError
+from proxy.settings import Settings
 from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")

@@ -11,8 +11,9 @@ from typing import Final, cast
 from urllib.parse import urlsplit
 
 from proxy.answers import Answer
-from proxy.errors import PoolExhausted, Problem, UpstreamCut, UpstreamDeadline, UpstreamProblem
+from proxy.errors import Problem
 from proxy.model import Deadlines, Headers, UpstreamRequest
+from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamProblem
 
 MAX_WAITING_BYTES: Final = 65_536
 """Upstream is paused while this much of a body waits for the client."""

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from proxy.settings import SECRETS, Settings
+from proxy.environment import SECRETS
+from proxy.settings import Settings
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 

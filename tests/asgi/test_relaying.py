@@ -9,16 +9,9 @@ from typing import Any
 
 import pytest
 
-from proxy.errors import (
-    BodyTimeout,
-    BodyTooLarge,
-    BodyUnsupported,
-    ClientLeft,
-    RunDeadline,
-    UpstreamCut,
-    UpstreamMalformed,
-)
+from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft
 from proxy.model import Deadlines, UpstreamRequest
+from proxy.outages import RunDeadline, UpstreamCut, UpstreamMalformed
 from proxy.relay import MAX_COLLECTED_BYTES, Relay, read_body
 from tests.support.asgi import Client, FakeExchange, FakeUpstream
 

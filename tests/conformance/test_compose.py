@@ -17,8 +17,8 @@ import yaml
 
 from agent_service.settings import read_settings
 from proxy.authentication import PUBLIC
+from proxy.environment import load
 from proxy.operations import OPERATIONS
-from proxy.settings import load
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 SERVICES = ["nginx", "proxy", "agent"]

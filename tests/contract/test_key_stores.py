@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from proxy.errors import KeyStoreDown
 from proxy.keys import StaticKeyStore
 from proxy.keystore import KeyRefusedError, SqlKeyStore
 from proxy.model import KeyStore, StoredKey
+from proxy.outages import KeyStoreDown
 from tests.support.postgres import Postgres, running_postgres
 
 ALICE = StoredKey("A" * 12, "alice", "a" * 64, frozenset({"agent:invoke", "agent:stream"}), caller="A" * 12)

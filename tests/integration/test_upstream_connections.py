@@ -9,8 +9,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from proxy.errors import PoolExhausted, Problem, UpstreamCut, UpstreamDeadline, UpstreamMalformed, UpstreamProblem
+from proxy.errors import Problem
 from proxy.model import Deadlines, UpstreamRequest
+from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamMalformed, UpstreamProblem
 from proxy.upstream import MAX_WAITING_BYTES, Pool
 from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, answer, chunk, raw_upstream
 

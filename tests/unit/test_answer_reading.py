@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.answers import MAX_HEAD_BYTES, Answer, is_framed
-from proxy.errors import UpstreamMalformed
 from proxy.model import Headers
+from proxy.outages import UpstreamMalformed
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from proxy import keylookup
-from proxy.errors import KeyStoreDown
 from proxy.keycache import KeyCache
 from proxy.model import KeyStore, StoredKey
+from proxy.outages import KeyStoreDown
 
 ALICE = StoredKey("A" * 12, "alice", "a" * 64, frozenset())
 

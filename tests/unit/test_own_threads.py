@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.errors import ClientProblem, UpstreamMalformed
+from proxy.errors import ClientProblem
 from proxy.listing import UPSTREAM_PAGE, Gathering, Page, encode_listing, own, page_of, select, threads_of
+from proxy.outages import UpstreamMalformed
 
 TAG = "aaaabbbbccccdddd"
 OTHER = "eeeeffffgggghhhh"

@@ -8,23 +8,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy import errors
+from proxy import errors, outages
 from proxy.errors import (
     BodyTimeout,
     BodyTooLarge,
     CredentialInvalid,
     CredentialMissing,
-    Draining,
     Fault,
     MalformedCredential,
     MethodNotAllowed,
-    PoolExhausted,
     Problem,
     RateExceeded,
     ScopeMissing,
 )
 from proxy.model import Headers
 from proxy.openapi import describe
+from proxy.outages import Draining, PoolExhausted
 
 MADE: dict[type[Problem], Problem] = {
     ScopeMissing: ScopeMissing("agent:invoke"),
@@ -132,7 +131,7 @@ def test_a_code_has_one_meaning() -> None:
 )
 def test_status_and_code_are_stable(name: str, status: int, code: str) -> None:
     """Callers depend on these: a change of one is a change of the interface."""
-    kind = getattr(errors, name)
+    kind = getattr(errors, name, None) or getattr(outages, name)
 
     assert (kind.status, kind.code) == (status, code)
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.environment import SECRETS, SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text
 from proxy.model import Deadlines, StoredKey
-from proxy.settings import SECRETS, Settings, SettingsError, describe, describe_environment, load
+from proxy.settings import Settings
 
 AGENT = "agent-secret-of-enough-bytes-0001"
 JWT = "jwt-secret-of-more-than-32-bytes-0002"

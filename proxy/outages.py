@@ -1,0 +1,92 @@
+"""The problems that no caller can mend: this proxy cannot serve now, or the sidecar did not."""
+
+from proxy.errors import CLOSE, REDUCED_CAPACITY, Fault, Problem
+from proxy.model import Headers
+
+
+class Unavailable(Problem):
+    """Not now; soon, perhaps."""
+
+    status = 503
+    code = "unavailable"
+    type = REDUCED_CAPACITY
+
+    def headers(self) -> Headers:
+        return [(b"retry-after", b"1")]
+
+
+class Draining(Unavailable):
+    """This process is shutting down."""
+
+    code = "draining"
+    title = "This proxy is shutting down"
+
+    def headers(self) -> Headers:
+        return [*super().headers(), CLOSE]
+
+
+class PoolExhausted(Unavailable):
+    """Every upstream connection is in use."""
+
+    code = "overloaded"
+    title = "Too many requests are in flight"
+
+
+class KeyStoreDown(Unavailable):
+    """A key is not known here, and the store that may know it does not answer."""
+
+    code = "key_store_down"
+    title = "Keys cannot be looked up"
+
+
+class KeysUnavailable(Unavailable):
+    """An issuer's keys were never fetched, or too long ago: nothing can be said of its tokens yet."""
+
+    code = "keys_unavailable"
+    title = "The credential cannot be proven now"
+
+
+class UpstreamProblem(Problem):
+    """The sidecar was at fault."""
+
+    status = 502
+    code = "upstream_unreachable"
+    title = "The agent cannot be reached"
+    fault = Fault.UPSTREAM
+
+
+class UpstreamCut(UpstreamProblem):
+    """The answer ended before its end."""
+
+    code = "upstream_cut"
+    title = "The agent's answer was cut off"
+
+
+class UpstreamMalformed(UpstreamProblem):
+    """The answer broke HTTP's framing rules (RFC 9112), or ours for it."""
+
+    code = "upstream_malformed"
+    title = "The agent's answer cannot be read"
+
+
+class RunDeadline(UpstreamProblem):
+    """The exchange took longer than it may in all, whoever was slow."""
+
+    status = 504
+    code = "total_deadline"
+    title = "The answer took too long"
+
+
+class UpstreamDistrust(UpstreamProblem):
+    """The sidecar refused our internal token: its secret, issuer or audience is not ours. Never the caller's 401."""
+
+    code = "upstream_distrust"
+    title = "The agent does not trust this proxy"
+
+
+class UpstreamDeadline(UpstreamProblem):
+    """The answer did not come, or did not go on, in time."""
+
+    status = 504
+    code = "upstream_deadline"
+    title = "The agent did not answer in time"

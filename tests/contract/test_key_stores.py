@@ -165,6 +165,21 @@ async def test_a_key_is_rotated_once(database: SqlKeyStore) -> None:
     assert len(await database.all_keys()) == 2
 
 
+async def test_a_rotation_does_not_give_back_what_was_taken(database: SqlKeyStore) -> None:
+    """A key that lost a scope, or was given an end, since it was read has no successor with what it had."""
+    await database.add([BOB, ALICE])
+    for narrower in (
+        dataclasses.replace(ALICE, scopes=frozenset()),
+        dataclasses.replace(ALICE, expires=7),
+        dataclasses.replace(ALICE, rate="1/day"),
+    ):
+        await database.add([narrower])
+        with pytest.raises(KeyRefusedError, match="or just changed"):
+            await database.rotate(ALICE, dataclasses.replace(ALICE, id="C" * 12, digest="c" * 64), grace_ends=100)
+
+    assert len(await database.all_keys()) == 2
+
+
 async def test_a_name_is_one_current_keys(database: SqlKeyStore) -> None:
     """A second key of a name is refused, and nothing of that call is written; a revoked key's name is free."""
     await database.add([ALICE])

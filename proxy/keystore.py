@@ -103,10 +103,12 @@ class SqlKeyStore:
         return await self._select(sql.true())
 
     async def matching(self, word: str) -> Sequence[StoredKey]:
-        """Give the key with this id, or every key of this name. Raises KeyRefusedError when there is none."""
-        keys = await self._select(KEYS.c.id == word) or await self._select(KEYS.c.name == word)
+        """Give the key with this id, or every key of this name. Raises KeyRefusedError when there is none, or both."""
+        keys = await self._select((KEYS.c.id == word) | (KEYS.c.name == word))
         if not keys:
             raise KeyRefusedError(f"{word}: there is no such key; see: agentflow-proxy keys list")
+        if len({key.id == word for key in keys}) > 1:
+            raise KeyRefusedError(f"{word}: is a key's id and another's name; say that one's name, or this one's id")
         return keys
 
     async def add(self, keys: Iterable[StoredKey]) -> dict[str, str]:

@@ -9,7 +9,8 @@
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `limits`          charges the caller's quota (`windows`), or refuses.
+5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
+    `limits`          charges the caller's quota (`windows`), or refuses.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
@@ -20,6 +21,6 @@
 
 `listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings` and `tokensettings`, which `environment` reads, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev`
-build the house and open the door.
+`settings`, `tokensettings` and `overloadsettings`, which `environment` reads, `app`, `openapi`, `server` (with
+`protocol`), `cli` and `dev` build the house and open the door.
 """

@@ -23,6 +23,7 @@ from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.observability import Observability
+from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
@@ -72,7 +73,8 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    operations = routes(_phases(settings, upstream or make_pool(settings), clock))
+    overload = Overload(settings.thresholds())
+    operations = routes(_phases(settings, upstream or make_pool(settings), clock, overload))
     app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
@@ -86,15 +88,15 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store)
+    app.state.background = lambda: _background(keys, store, overload)
     return app
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerator[None]:
+async def _background(keys: KeyCache, store: SqlKeyStore | None, overload: Overload) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
-        async with keys.watching():
+        async with overload.watching(), keys.watching():
             yield
     finally:
         if store is not None:
@@ -107,9 +109,10 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float], overload: Overload) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
+        overload=overload,
         rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
         relay=Relay(upstream),
         identity=InternalIdentity(

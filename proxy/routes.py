@@ -16,6 +16,7 @@ from proxy.limits import RateLimit
 from proxy.listing import Gathering, encode_listing, page_of, select
 from proxy.model import RECORD, App, Deadlines, Lifecycle, Principal, Receive, Record, Scope, Send, UpstreamRequest
 from proxy.operations import OPERATIONS, Kind, Operation, is_canonical
+from proxy.overload import Overload
 from proxy.relay import Relay, read_body
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
 from proxy.tokens import InternalIdentity
@@ -33,6 +34,7 @@ class BodyRules:
 class Phases:
     """The phases of every operation, with what they need; one method for each kind of operation."""
 
+    overload: Overload
     rate: RateLimit
     relay: Relay
     identity: InternalIdentity
@@ -110,7 +112,7 @@ type Phase = Callable[[Permit, str, Scope, Receive, Send], Awaitable[None]]
 
 
 class Endpoint:
-    """An ASGI endpoint for one row of the table: authorize, charge, then the phases of its kind."""
+    """An ASGI endpoint for one row of the table: authorize, ask for room, charge, then the phases of its kind."""
 
     def __init__(self, operation: Operation, phases: Phases) -> None:
         self._operation = operation
@@ -123,6 +125,8 @@ class Endpoint:
             Kind.PLAIN: phases.plain,
         }
         self._perform = kinds[operation.kind]
+        self._relieves = operation.kind is Kind.CONTROL  # what stops a run is welcome when there are too many
+        self._runs = int(operation.kind is Kind.RUN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope[RECORD]
@@ -131,11 +135,18 @@ class Endpoint:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
         permit = authorize(principal, self._operation)
+        overload = self._phases.overload
+        if not self._relieves:
+            overload.require_room(principal.tier)
         secret = self._phases.thread_secret
         tag = tag_of(principal.namespace, secret)
         payer = tag_of(principal.caller, secret) if principal.caller else tag
         record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
-        await self._perform(permit, tag, scope, receive, send)
+        overload.open_runs += self._runs
+        try:
+            await self._perform(permit, tag, scope, receive, send)
+        finally:
+            overload.open_runs -= self._runs
 
 
 class CanonicalPaths:

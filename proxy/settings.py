@@ -17,6 +17,7 @@ from pydantic import (
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.model import Deadlines, StoredKey
+from proxy.overloadsettings import OverloadSettings
 from proxy.tokensettings import Seconds, TokenSettings
 
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
@@ -56,7 +57,7 @@ type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
-class Settings(TokenSettings):
+class Settings(OverloadSettings, TokenSettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"

@@ -7,13 +7,14 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
+from proxy.admission import Limits
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -21,15 +22,18 @@ from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
+from proxy.localtier import LocalTier
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.observability import Observability
 from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
+from proxy.redisclient import Courier
+from proxy.redistier import SharedTier
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
 from proxy.settings import Settings
-from proxy.tenancy import RunRules
+from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
 
@@ -64,6 +68,9 @@ def create_app(
     lifecycle = lifecycle or Lifecycle()
     store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
+    local = LocalTier(clock=clock)
+    shared = _shared(settings, local)
+    limits = _limits(settings, local, shared, clock)
     shown = settings.docs
     app = Proxy(
         title="agentflow-proxy",
@@ -74,8 +81,9 @@ def create_app(
         redirect_slashes=False,
     )
     overload = Overload(settings.thresholds())
-    operations = routes(_phases(settings, upstream or make_pool(settings), clock, overload))
-    app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
+    operations = routes(_phases(settings, limits, upstream or make_pool(settings), clock, overload))
+    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys, limits))
+    app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
@@ -88,37 +96,70 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store, overload)
+    app.state.background = lambda: _background(keys, store, shared, overload)
+    app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None, overload: Overload) -> AsyncGenerator[None]:
+async def _background(
+    keys: KeyCache, store: SqlKeyStore | None, shared: SharedTier | None, overload: Overload
+) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
-        async with overload.watching(), keys.watching():
+        async with overload.watching(), keys.watching(), shared.watching() if shared is not None else nullcontext():
             yield
     finally:
         if store is not None:
             await store.close()
 
 
-def _lack(settings: Settings, keys: KeyCache) -> str:
+def _shared(settings: Settings, local: LocalTier) -> SharedTier | None:
+    if settings.redis_url is None:
+        return None
+    return SharedTier(
+        Courier(settings.redis_url.get_secret_value(), timeout=settings.redis_timeout_seconds),
+        local,
+        prefix=settings.redis_prefix,
+        lease_seconds=settings.lease_seconds,
+        without=settings.limits_without_redis,
+    )
+
+
+def _limits(settings: Settings, local: LocalTier, shared: SharedTier | None, clock: Callable[[], float]) -> Limits:
+    secret = thread_secret(settings)
+    return Limits(
+        settings.policies(),
+        partition_of=lambda name: tag_of(name, secret),
+        local=local,
+        shared=shared,
+        without=settings.limits_without_redis,
+        replicas=settings.replicas,
+        legacy_headers=settings.legacy_rate_headers,
+        clock=clock,
+    )
+
+
+def _lack(settings: Settings, keys: KeyCache, limits: Limits) -> str:
     """Name what is down when nobody at all could be let in; empty while somebody can."""
     others = settings.jwt_secret is not None or settings.issuers_file or settings.api_keys
+    if limits.is_degraded and settings.limits_without_redis == "refuse":
+        return "limits_down"
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float], overload: Overload) -> Phases:
+def _phases(
+    settings: Settings, limits: Limits, upstream: Upstream, clock: Callable[[], float], overload: Overload
+) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
         overload=overload,
-        rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
+        limits=limits,
         relay=Relay(upstream),
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),
-        thread_secret=_thread_secret(settings),
+        thread_secret=thread_secret(settings),
         new_name=lambda: uuid.uuid4().hex,
         run_rules=RunRules(
             allow_system=settings.allow_system_messages,
@@ -161,7 +202,7 @@ def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier |
     return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
 
 
-def _thread_secret(settings: Settings) -> bytes:
+def thread_secret(settings: Settings) -> bytes:
     """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
     if settings.thread_secret is not None:
         return settings.thread_secret.get_secret_value().encode()

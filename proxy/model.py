@@ -32,6 +32,7 @@ class Principal:
 
     `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
     `caller` is who is charged where that is not the namespace: a tenant's member, or who acts `on_behalf_of` a user.
+    `tenant` is the tenant's namespace, empty without one.
     `key_id` is the API key's, empty for a token; `rate` replaces the deployment's own, in its notation.
     """
 
@@ -44,6 +45,7 @@ class Principal:
     rate: str | None = None
     key_id: str = ""
     caller: str = ""
+    tenant: str = ""
     on_behalf_of: str | None = None
 
     @property
@@ -181,6 +183,19 @@ class Upstream(Protocol):
 
     async def begin(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
         """Send `request` and wait for the answer's head."""
+
+
+class Lease(Protocol):
+    """A request's admission, and the slots it holds until its run upstream has ended."""
+
+    fields: Headers
+    """The RateLimit fields of the answer."""
+
+    def charge(self, tokens: int, *, estimated: bool) -> bool:
+        """Charge model tokens that were used; give whether the budgets still have some left."""
+
+    def release(self) -> None:
+        """Free the slots: the run upstream has ended. Asked again, nothing; never blocks."""
 
 
 class KeyStore(Protocol):

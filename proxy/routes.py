@@ -9,10 +9,10 @@ from urllib.parse import urlencode
 
 from starlette.routing import Route
 
+from proxy.admission import Limits
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream
-from proxy.limits import RateLimit
 from proxy.listing import Gathering, encode_listing, page_of, select
 from proxy.model import RECORD, App, Deadlines, Lifecycle, Principal, Receive, Record, Scope, Send, UpstreamRequest
 from proxy.operations import OPERATIONS, Kind, Operation, is_canonical
@@ -35,7 +35,7 @@ class Phases:
     """The phases of every operation, with what they need; one method for each kind of operation."""
 
     overload: Overload
-    rate: RateLimit
+    limits: Limits
     relay: Relay
     identity: InternalIdentity
     thread_secret: bytes
@@ -141,12 +141,14 @@ class Endpoint:
         secret = self._phases.thread_secret
         tag = tag_of(principal.namespace, secret)
         payer = tag_of(principal.caller, secret) if principal.caller else tag
-        record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
+        lease = await self._phases.limits.admit(principal, payer, self._operation)
+        record.answer_fields = lease.fields
         overload.open_runs += self._runs
         try:
             await self._perform(permit, tag, scope, receive, send)
         finally:
             overload.open_runs -= self._runs
+            lease.release()
 
 
 class CanonicalPaths:

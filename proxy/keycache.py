@@ -16,7 +16,7 @@ from proxy.model import KeyStore, StoredKey
 from proxy.outages import KeyStoreDown
 
 log: Final = logging.getLogger("agentflow_proxy.keys")
-POLL_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 1.5
 """Between two readings of the store's changes; with the store's own patience, under 5 s."""
 NOTE_SECONDS: Final = 10.0
 """Between two writings of when keys were last used."""

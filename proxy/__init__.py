@@ -20,7 +20,8 @@
 11. `observability`   writes the access line.
 
 `listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
-`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
+`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
+of which `notices` tell every proxy.
 `settings`, `tokensettings` and `overloadsettings`, which `environment` reads, `app`, `openapi`, `server` (with
 `protocol`), `cli` and `dev` build the house and open the door.
 """

@@ -7,7 +7,7 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, override
 
 from fastapi import FastAPI
@@ -24,6 +24,7 @@ from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.localtier import LocalTier
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
+from proxy.notices import Notices
 from proxy.observability import Observability
 from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
@@ -96,22 +97,35 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store, shared, overload)
+    app.state.background = lambda: _background(settings, keys, store, shared, overload)
     app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
 async def _background(
-    keys: KeyCache, store: SqlKeyStore | None, shared: SharedTier | None, overload: Overload
+    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, shared: SharedTier | None, overload: Overload
 ) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
+    listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
-        async with overload.watching(), keys.watching(), shared.watching() if shared is not None else nullcontext():
+        async with (
+            overload.watching(),
+            keys.watching(),
+            listening,
+            shared.watching() if shared is not None else nullcontext(),
+        ):
             yield
     finally:
         if store is not None:
             await store.close()
+
+
+def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
+    """Hear of changed keys at once where there is Redis to hear it from."""
+    if settings.redis_url is None:
+        return nullcontext()
+    return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
 def _shared(settings: Settings, local: LocalTier) -> SharedTier | None:

@@ -15,7 +15,7 @@ from pydantic import (
 
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
-from proxy.limitsettings import LimitSettings
+from proxy.limitsettings import LimitSettings, RedisUrl
 from proxy.model import Deadlines, StoredKey
 from proxy.overloadsettings import OverloadSettings
 from proxy.tokensettings import Seconds, TokenSettings
@@ -128,3 +128,5 @@ class KeySettings(BaseModel):
 
     database_url: DatabaseUrl
     audit_file: Path | None = None
+    redis_url: RedisUrl | None = None
+    redis_prefix: str = "agentflow-proxy"

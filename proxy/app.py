@@ -7,14 +7,14 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, nullcontext
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
-from proxy.admission import Limits
+from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -22,12 +22,9 @@ from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
-from proxy.localtier import LocalTier
-from proxy.model import Lifecycle, Upstream
+from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.observability import Observability
 from proxy.publickeys import KeySource, KnownKeys
-from proxy.redisclient import Courier
-from proxy.redistier import SharedTier
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
@@ -38,8 +35,19 @@ from proxy.upstream import Pool
 
 
 class Proxy(FastAPI):
-    """The FastAPI application, described by the operations table."""
+    """The FastAPI application, described by the operations table.
 
+    Goes straight to its middleware: FastAPI's own telemetry would ask the environment on every request, and
+    send what it finds wherever that says.
+    """
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.middleware_stack is not None  # noqa: S101  create_app sets it
+        scope["app"] = self
+        await self.middleware_stack(scope, receive, send)
+
+    @override
     def openapi(self) -> dict[str, Any]:
         """Give the OpenAPI document (FastAPI serves it)."""
         return openapi.describe()
@@ -56,9 +64,6 @@ def create_app(
     lifecycle = lifecycle or Lifecycle()
     store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
-    local = LocalTier(clock=clock)
-    shared = _shared(settings, local)
-    limits = _limits(settings, local, shared, clock)
     shown = settings.docs
     app = Proxy(
         title="agentflow-proxy",
@@ -68,12 +73,13 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    app.router.routes += [
-        *health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys, limits))),
-        *routes(_phases(settings, limits, upstream or make_pool(settings), clock)),
-    ]
+    secret = thread_secret(settings)
+    limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
+    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
+    operations = routes(_phases(settings, limits, upstream or make_pool(settings), clock))
+    app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
-    inner = CanonicalPaths(AsyncExitStackMiddleware(app.router))
+    inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
         inner,
         authenticator=Authenticator(tokens=_verifier(settings, clock), keys=keys, clock=clock),
@@ -84,53 +90,25 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store, shared)
+    app.state.background = lambda: _background(keys, store, limits)
     app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None, shared: SharedTier | None) -> AsyncGenerator[None]:
+async def _background(keys: KeyCache, store: SqlKeyStore | None, limits: Limits) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
-        async with keys.watching(), shared.watching() if shared is not None else nullcontext():
+        async with keys.watching(), limits.watching():
             yield
     finally:
         if store is not None:
             await store.close()
 
 
-def _shared(settings: Settings, local: LocalTier) -> SharedTier | None:
-    if settings.redis_url is None:
-        return None
-    return SharedTier(
-        Courier(settings.redis_url.get_secret_value(), timeout=settings.redis_timeout_seconds),
-        local,
-        prefix=settings.redis_prefix,
-        lease_seconds=settings.lease_seconds,
-        without=settings.limits_without_redis,
-    )
-
-
-def _limits(settings: Settings, local: LocalTier, shared: SharedTier | None, clock: Callable[[], float]) -> Limits:
-    secret = thread_secret(settings)
-    return Limits(
-        settings.policies(),
-        partition_of=lambda name: tag_of(name, secret),
-        local=local,
-        shared=shared,
-        without=settings.limits_without_redis,
-        replicas=settings.replicas,
-        legacy_headers=settings.legacy_rate_headers,
-        clock=clock,
-    )
-
-
-def _lack(settings: Settings, keys: KeyCache, limits: Limits) -> str:
+def _lack(settings: Settings, keys: KeyCache) -> str:
     """Name what is down when nobody at all could be let in; empty while somebody can."""
-    others = settings.jwt_secret is not None or settings.api_keys
-    if limits.is_degraded and settings.limits_without_redis == "refuse":
-        return "limits_down"
+    others = settings.jwt_secret is not None or settings.issuers_file or settings.api_keys
     return "key_store_down" if keys.is_lost and not others else ""
 
 

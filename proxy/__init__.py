@@ -10,7 +10,9 @@
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
 5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
-    `limits`          charges the caller's quota (`windows`), or refuses.
+    `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
+                      on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
+                      (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
@@ -21,7 +23,7 @@
 
 `listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
-of which `notices` tell every proxy.
-`settings`, `tokensettings` and `overloadsettings`, which `environment` reads, `app`, `openapi`, `server` (with
-`protocol`), `cli` and `dev` build the house and open the door.
+of which `notices` tell every proxy. `settings`, `tokensettings`, `limitsettings` and `overloadsettings`, which
+`environment` reads and `reload` reads again, `app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and
+`dev` build the house and open the door.
 """

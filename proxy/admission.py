@@ -6,21 +6,22 @@ Decides before a body is read. Asks Redis where there is one; without it, the na
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from typing import Final, Literal
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
+from typing import Final
 
 from proxy.leases import HeldLease, NoLease
+from proxy.limitsettings import LimitSettings, Without
 from proxy.localtier import LocalTier
 from proxy.model import Headers, Lease, Principal
 from proxy.operations import Operation
 from proxy.outages import LimitsUnavailable
 from proxy.policies import Per, Plan, Policies, Strategy
-from proxy.redisclient import RedisDown
+from proxy.redisclient import Courier, RedisDown
 from proxy.redistier import SharedTier
 from proxy.standings import Standing, fields_of, refusal
 
 log: Final = logging.getLogger("agentflow_proxy.limits")
-type Without = Literal["local", "refuse", "allow"]
 
 
 class Limits:
@@ -60,6 +61,17 @@ class Limits:
         self._shares = policies.shared_by(self._replicas)
         if self._shared is not None:
             self._shared.lay_out(policies)
+
+    @property
+    def lack(self) -> str:
+        """Name Redis when everybody is refused without it; empty otherwise."""
+        return "limits_down" if self.is_degraded and self._without == "refuse" else ""
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncGenerator[None]:
+        """Keep leases and charges told to Redis, if there is one, as long as the context lasts."""
+        async with self._shared.watching() if self._shared is not None else nullcontext():
+            yield
 
     @property
     def is_degraded(self) -> bool:
@@ -142,3 +154,33 @@ class Limits:
         if not admitted:
             raise refusal(plan, standings, fields)
         return fields
+
+
+def limits_of(
+    settings: LimitSettings, *, partition_of: Callable[[str], str], clock: Callable[[], float] = time.time
+) -> Limits:
+    """Build what the settings ask for; connects to nothing yet."""
+    local = LocalTier(clock=clock)
+    return Limits(
+        settings.policies(),
+        partition_of=partition_of,
+        local=local,
+        shared=shared_tier(settings, local),
+        without=settings.limits_without_redis,
+        replicas=settings.replicas,
+        legacy_headers=settings.legacy_rate_headers,
+        clock=clock,
+    )
+
+
+def shared_tier(settings: LimitSettings, local: LocalTier) -> SharedTier | None:
+    """Build the counts on Redis; None without one."""
+    if settings.redis_url is None:
+        return None
+    return SharedTier(
+        Courier(settings.redis_url.get_secret_value(), timeout=settings.redis_timeout_seconds),
+        local,
+        prefix=settings.redis_prefix,
+        lease_seconds=settings.lease_seconds,
+        without=settings.limits_without_redis,
+    )

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
-from proxy.admission import Limits
+from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -22,14 +22,11 @@ from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
-from proxy.localtier import LocalTier
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.notices import Notices
 from proxy.observability import Observability
 from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
-from proxy.redisclient import Courier
-from proxy.redistier import SharedTier
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
@@ -69,9 +66,6 @@ def create_app(
     lifecycle = lifecycle or Lifecycle()
     store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
-    local = LocalTier(clock=clock)
-    shared = _shared(settings, local)
-    limits = _limits(settings, local, shared, clock)
     shown = settings.docs
     app = Proxy(
         title="agentflow-proxy",
@@ -82,8 +76,10 @@ def create_app(
         redirect_slashes=False,
     )
     overload = Overload(settings.thresholds())
+    secret = thread_secret(settings)
+    limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
+    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
     operations = routes(_phases(settings, limits, upstream or make_pool(settings), clock, overload))
-    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys, limits))
     app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
@@ -97,24 +93,19 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(settings, keys, store, shared, overload)
+    app.state.background = lambda: _background(settings, keys, store, limits, overload)
     app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
 async def _background(
-    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, shared: SharedTier | None, overload: Overload
+    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, limits: Limits, overload: Overload
 ) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
-        async with (
-            overload.watching(),
-            keys.watching(),
-            listening,
-            shared.watching() if shared is not None else nullcontext(),
-        ):
+        async with overload.watching(), keys.watching(), listening, limits.watching():
             yield
     finally:
         if store is not None:
@@ -128,37 +119,9 @@ def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManage
     return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
-def _shared(settings: Settings, local: LocalTier) -> SharedTier | None:
-    if settings.redis_url is None:
-        return None
-    return SharedTier(
-        Courier(settings.redis_url.get_secret_value(), timeout=settings.redis_timeout_seconds),
-        local,
-        prefix=settings.redis_prefix,
-        lease_seconds=settings.lease_seconds,
-        without=settings.limits_without_redis,
-    )
-
-
-def _limits(settings: Settings, local: LocalTier, shared: SharedTier | None, clock: Callable[[], float]) -> Limits:
-    secret = thread_secret(settings)
-    return Limits(
-        settings.policies(),
-        partition_of=lambda name: tag_of(name, secret),
-        local=local,
-        shared=shared,
-        without=settings.limits_without_redis,
-        replicas=settings.replicas,
-        legacy_headers=settings.legacy_rate_headers,
-        clock=clock,
-    )
-
-
-def _lack(settings: Settings, keys: KeyCache, limits: Limits) -> str:
+def _lack(settings: Settings, keys: KeyCache) -> str:
     """Name what is down when nobody at all could be let in; empty while somebody can."""
     others = settings.jwt_secret is not None or settings.issuers_file or settings.api_keys
-    if limits.is_degraded and settings.limits_without_redis == "refuse":
-        return "limits_down"
     return "key_store_down" if keys.is_lost and not others else ""
 
 

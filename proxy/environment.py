@@ -11,7 +11,7 @@ from pydantic import SecretStr, ValidationError
 
 from proxy.issuers import MIN_SECRET_BYTES
 from proxy.keys import parse_keys
-from proxy.limitsettings import SIMPLE
+from proxy.limitsettings import SIMPLE, parse_policies
 from proxy.settings import KeySettings, Settings
 from proxy.tokensettings import readable_issuers
 
@@ -93,7 +93,7 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
             "settings: nobody could call: "
             "set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL"
         )
-    if "limits" in given and (both := sorted(given & set(SIMPLE))):
+    if _defines_policies(values.get("limits")) and (both := sorted(given & set(SIMPLE))):
         faults.append(f"settings: PROXY_LIMITS is instead of {', '.join(PREFIX + name.upper() for name in both)}")
     issuers = readable_issuers(values.get("issuers_file"))
     secrets = [values[name] for name in ("agent_secret", "thread_secret") if name in values]
@@ -113,6 +113,14 @@ def _defines_keys(text: str | None) -> bool:
         return text is None or bool(parse_keys(text))
     except ValueError:
         return True
+
+
+def _defines_policies(text: str | None) -> bool:
+    """Say whether a text defines policies; not if it is faulty, which is told elsewhere."""
+    try:
+        return text is not None and parse_policies(text) is not None
+    except ValueError:
+        return False
 
 
 def _sentence(fault: Any) -> str:  # noqa: ANN401  pydantic's ErrorDetails

@@ -80,6 +80,7 @@ def _is_redis(value: object) -> object:
     return value
 
 
+type Without = Literal["local", "refuse", "allow"]
 type RateText = Annotated[str, BeforeValidator(_is_rate)]
 type CountText = Annotated[str, BeforeValidator(_is_count)]
 type RedisUrl = Annotated[SecretStr, BeforeValidator(_is_redis)]
@@ -215,9 +216,7 @@ class LimitSettings(BaseModel):
     redis_timeout_seconds: Annotated[
         float, Field(ge=0.005, le=5, description="for a decision; then it is made without Redis")
     ] = 0.05
-    limits_without_redis: Annotated[
-        Literal["local", "refuse", "allow"], Field(description="what is done while Redis does not answer")
-    ] = "local"
+    limits_without_redis: Annotated[Without, Field(description="what is done while Redis does not answer")] = "local"
     replicas: Annotated[
         int, Field(ge=1, le=1000, description="how many proxies share Redis; without it each enforces its share")
     ] = 1

@@ -20,6 +20,7 @@ MOST_MOMENTS: Final = 10_000
 OWN_RATE: Final = "requests"
 """The policy whose rate a key's or a token's own rate replaces."""
 RUNS: Final = frozenset(row.name for row in OPERATIONS if row.kind is Kind.RUN)
+_COSTS: Final = {row.name: row.cost for row in OPERATIONS}
 
 
 class Strategy(StrEnum):
@@ -168,7 +169,7 @@ class Policies:
             can_move = own.strategy is not Strategy.MOVING or all(amount <= MOST_MOMENTS for amount, _ in rates)
             strategy = own.strategy if can_move else Strategy.SLIDING
             policies[place : place + 1] = [replace(own, rates=rates, tiers=None, strategy=strategy)]
-        cost = self.costs.get(operation, 1)
+        cost = self.costs.get(operation, _COSTS.get(operation, 1))
         return [
             quota
             for policy in policies

@@ -250,12 +250,14 @@ class SharedTier:
     async def _run(self, script: Script, key: str, arguments: list[str | int]) -> str:
         answer = await self._courier.run(script, self._names([key]), arguments)
         if answer == "late":
+            self._courier.forget_time()
             raise RedisDown("late")
         return answer
 
     async def _ask(self, names: Sequence[str], mode: str, lease: str, spec: str) -> str:
         answer = await self._courier.run(self._admit, names, (mode, self._courier.not_after, lease, self._lease, spec))
         if answer == "late":
+            self._courier.forget_time()
             raise RedisDown("late")
         return answer
 

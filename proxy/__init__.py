@@ -18,7 +18,7 @@
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; `usage` reads from them what
-                      the run has used (of what is long, from its `outlines`).
+                      the run has used (of what is long, from its `outlines`), and `tallies` add it up.
 11. `observability`   writes the access line.
 
 `listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;

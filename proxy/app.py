@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, override
+from typing import Any, Final, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -27,10 +27,14 @@ from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
+from proxy.runs import Runs
 from proxy.settings import Settings
 from proxy.tenancy import RunRules
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
+
+_LAST_STOPS_SECONDS: Final = 2.0
+"""How long an ending process tells the sidecar of runs that nobody will hear."""
 
 
 class Proxy(FastAPI):
@@ -72,7 +76,9 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    operations = routes(_phases(settings, upstream or make_pool(settings), clock))
+    upstream = upstream or make_pool(settings)
+    runs = Runs(upstream, settings.flow_rules())
+    operations = routes(_phases(settings, Relay(upstream, runs, settings.flow_rules()), clock))
     app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
@@ -86,17 +92,18 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store)
+    app.state.background = lambda: _background(keys, store, runs)
     return app
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerator[None]:
+async def _background(keys: KeyCache, store: SqlKeyStore | None, runs: Runs) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
         async with keys.watching():
             yield
     finally:
+        await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
 
@@ -107,11 +114,11 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, relay: Relay, clock: Callable[[], float]) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
         rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
-        relay=Relay(upstream),
+        relay=relay,
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),

@@ -14,6 +14,7 @@ from pydantic import (
     field_validator,
 )
 
+from proxy.flowsettings import FlowSettings
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.model import Deadlines, StoredKey
@@ -56,7 +57,7 @@ type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
-class Settings(TokenSettings):
+class Settings(FlowSettings, TokenSettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"

@@ -295,7 +295,8 @@ async def test_a_graph_that_fails_midway_says_so_in_the_stream(
     assert response.status_code == 200
     assert [line["event"] for line in lines].count("message") >= 3
     assert lines[-1]["event"] == "error"
-    assert (await ended(proxy, "stream"))["end"] == "done"
+    assert "out of paper" not in str([line for line in lines if line["event"] == "error"])
+    assert (await ended(proxy, "stream"))["end"] == "upstream_error"
 
 
 async def test_a_client_that_hangs_up_stops_the_real_run(tmp_path: Path, principals: Principals) -> None:

@@ -382,6 +382,7 @@ def test_an_error_line_keeps_the_exceptions_text_here(house: House, told: list[A
     assert streams[0].body.startswith(LINE + b'{"event":"error"')
     assert all(FAILURE.encode() not in answer.body for answer in streams)
 
+
 def test_a_stopped_proxy_has_logged_lines_only(tmp_path: Path) -> None:
     """From start to end each line is one JSON object, and the end is a clean one: nothing is left open."""
     principals = Principals()

@@ -204,6 +204,16 @@ class RateExceeded(ClientProblem):
         return {"violated-policies": list(self.policies)}
 
 
+class BudgetSpentMidway(ClientProblem):
+    """The caller's tokens were spent while his run went on."""
+
+    status = 402
+    code = "budget_spent"
+    title = "The token budget is spent"
+    type = QUOTA_EXCEEDED
+    end = End.BUDGET
+
+
 class ClientLeft(ClientProblem):
     """The client hung up; nobody is left to be told (the status is nginx's, for the log)."""
 

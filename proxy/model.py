@@ -89,6 +89,16 @@ class StoredKey:
         return ""
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Model tokens that a run has used so far; `estimated` when any of them was told from bytes, not reported."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    estimated: bool
+
+
 @dataclass(slots=True)
 class Record:
     """What is known of one request so far; filled along its way, written as the access line at its end.
@@ -109,6 +119,7 @@ class Record:
     reason: str = ""
     fault: str = ""
     answer_fields: Headers = field(default_factory=list)
+    usage: Usage | None = None
 
 
 RECORD: Final = "agentflow_proxy.record"

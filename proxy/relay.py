@@ -12,7 +12,7 @@ from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft,
 from proxy.forwarding import downstream_headers
 from proxy.model import Deadlines, Exchange, FlowRules, Headers, Lease, Receive, Send, Upstream, UpstreamRequest
 from proxy.outages import RunDeadline, UpstreamMalformed, require_trust
-from proxy.runs import Run, Runs
+from proxy.runs import Run, Runs, Spending
 from proxy.streams import Stream
 
 MAX_COLLECTED_BYTES: Final = 16 << 20
@@ -146,7 +146,7 @@ class Relay:
         try:
             async with ClientPresent(receive, deadlines.total):
                 exchange = await self._upstream.start(request, deadlines)
-                await (_pass(exchange, send) if stream is None else stream.deliver(exchange))
+                await (_pass(exchange, send, run.spending) if stream is None else stream.deliver(exchange))
         except ClientLeft:
             spent = asyncio.get_running_loop().time() - started
             kept = self.runs.leave(run, exchange, lease, seconds=deadlines.total - spent)
@@ -155,7 +155,7 @@ class Relay:
             end = error.end if isinstance(error, Problem) else End.SHUTDOWN
             if exchange is not None:
                 exchange.abandon(ClientLeft())
-                if stream is None and end in _UNHEARD:
+                if end is End.BUDGET or (stream is None and end in _UNHEARD):
                     self.runs.stop(run)
             if stream is not None:
                 await stream.conclude(end)
@@ -165,6 +165,7 @@ class Relay:
             if not kept:
                 if exchange is not None:
                     exchange.abandon(ClientLeft())
+                run.spending.settle()
                 lease.release()
 
     async def collect(self, request: UpstreamRequest, deadlines: Deadlines, receive: Receive) -> tuple[int, bytes]:
@@ -184,7 +185,7 @@ class Relay:
                 exchange.abandon(ClientLeft())
 
 
-async def _pass(exchange: Exchange, send: Send) -> None:
+async def _pass(exchange: Exchange, send: Send, spending: Spending | None = None) -> None:
     """Pass an answer on byte for byte."""
     await exchange.head()
     require_trust(exchange.status)
@@ -192,4 +193,6 @@ async def _pass(exchange: Exchange, send: Send) -> None:
     await send({"type": "http.response.start", "status": exchange.status, "headers": head})
     while not exchange.ended:
         body = await exchange.read()
+        if spending is not None:
+            spending.note(body)
         await send({"type": "http.response.body", "body": body, "more_body": not exchange.ended})

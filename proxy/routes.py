@@ -31,9 +31,10 @@ from proxy.model import (
 from proxy.negotiation import wish_of
 from proxy.operations import OPERATIONS, STREAM, Kind, Operation, is_canonical
 from proxy.relay import Relay, read_body
-from proxy.runs import Run
+from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
 from proxy.tokens import InternalIdentity
+from proxy.usage import reader_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,7 @@ class Phases:
         raw = await self._read(scope, receive)
         body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body)
-        record: Record = scope[RECORD]
-        wish = wish_of(scope["headers"]) if permit.operation.scope == STREAM else None
-        run = Run(record, thread_id, partial(self._stop, permit, thread_id, record.request_id), wish)
+        run = self._run(permit, thread_id, lease, scope)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
@@ -123,6 +122,13 @@ class Phases:
             identity=self.identity.token(permit.principal),
             request_id=record.request_id,
         )
+
+    def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
+        record: Record = scope[RECORD]
+        streams = permit.operation.scope == STREAM
+        spending = Spending(reader_for("stream" if streams else "answer"), lease, record)
+        stop = partial(self._stop, permit, thread_id, record.request_id)
+        return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 
     def _stop(self, permit: Permit, thread_id: str, request_id: bytes) -> UpstreamRequest:
         identity = self.identity.token(permit.principal)

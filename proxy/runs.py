@@ -12,9 +12,49 @@ from typing import Final
 from proxy.errors import ClientLeft, Problem
 from proxy.model import Deadlines, Exchange, FlowRules, Lease, Record, Upstream, UpstreamRequest
 from proxy.negotiation import Wish
+from proxy.usage import UsageReader
 
 log: Final = logging.getLogger("agentflow_proxy.runs")
 _STOP_SECONDS: Final = 30.0
+_CHARGED_EACH_BYTES: Final = 8192
+
+
+class Spending:
+    """Reads what a run has used from its answer, and charges it to the run's lease as it becomes known."""
+
+    def __init__(self, reader: UsageReader, lease: Lease, record: Record) -> None:
+        self._reader = reader
+        self._lease = lease
+        self._record = record
+        self._unread = 0
+        self._turns = 0
+        self._charged = 0
+
+    def take(self, data: bytes) -> bool:
+        """Take in bytes of a stream; False when what is known by now is more than the budget has."""
+        self._reader.feed(data)
+        self._unread += len(data)
+        if self._unread < _CHARGED_EACH_BYTES and self._reader.turns == self._turns:
+            return True
+        return self.settle()
+
+    def note(self, data: bytes) -> None:
+        """Take in bytes of an answer that is charged at its end."""
+        self._reader.feed(data)
+
+    def settle(self) -> bool:
+        """Charge what is known, at the latest when the run is over; False when that is more than the budget has."""
+        self._unread = 0
+        usage = self._reader.usage()
+        self._turns = self._reader.turns
+        if usage is None:
+            return True
+        self._record.usage = usage
+        tokens = usage.total_tokens - self._charged
+        if tokens <= 0:
+            return True
+        self._charged = usage.total_tokens
+        return self._lease.charge(tokens, estimated=usage.estimated)
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +66,7 @@ class Run:
     stop: Callable[[], UpstreamRequest]
     wish: Wish | None
     """How its stream is written; None: it is no stream, and goes on upstream when its client has left."""
+    spending: Spending
     stop_asked: bool = False
 
 
@@ -65,7 +106,7 @@ class Runs:
             return False
         keep = run.wish is None and not exchange.ended
         if keep:
-            self._go(self._keep(exchange, lease, seconds))
+            self._go(self._keep(run, exchange, lease, seconds))
         if keep or (run.wish is not None and self._rules.stop_on_disconnect):
             self.stop(run)
         return keep
@@ -93,16 +134,17 @@ class Runs:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _keep(self, exchange: Exchange, lease: Lease, seconds: float) -> None:
+    async def _keep(self, run: Run, exchange: Exchange, lease: Lease, seconds: float) -> None:
         self._kept.add(exchange)
         try:
             async with asyncio.timeout(seconds):
                 await exchange.head()
                 while not exchange.ended:
-                    await exchange.read()
+                    run.spending.note(await exchange.read())
         except (Problem, TimeoutError):
             pass  # nobody is left to be told
         finally:
+            run.spending.settle()
             self._kept.discard(exchange)
             exchange.abandon(ClientLeft())
             lease.release()

@@ -9,6 +9,7 @@ import logging
 from typing import Any, Final
 
 from proxy.ends import End
+from proxy.errors import BudgetSpentMidway
 from proxy.forwarding import downstream_headers
 from proxy.framing import PING, ErrorLines, EventFrames, LineTooLongError, RawLines
 from proxy.model import Exchange, FlowRules, Headers, Send
@@ -74,7 +75,7 @@ class Stream:
     async def _deliver_events(self, exchange: Exchange, frames: EventFrames) -> None:
         first = b""
         while (verdict := are_lines(first)) is None and not exchange.ended:
-            data = await exchange.read()
+            data = await self._read(exchange)
             first += data
             if not data and not exchange.ended:
                 await self._write(PING)
@@ -90,7 +91,7 @@ class Stream:
             while not exchange.ended:
                 if body:
                     await self._write(body)
-                data = await exchange.read()
+                data = await self._read(exchange)
                 body = frames.feed(data) if data or exchange.ended else PING
             body += frames.finish()
         except LineTooLongError as error:
@@ -104,7 +105,7 @@ class Stream:
         if self._run.wish is Wish.LINES:
             verdict = None
             while verdict is None and not exchange.ended:
-                first += await exchange.read()
+                first += await self._read(exchange)
                 verdict = are_lines(first)
             if verdict:
                 headers = [(n, v) for n, v in headers if n != b"content-type"] + [(b"content-type", LINES_TYPE)]
@@ -113,10 +114,16 @@ class Stream:
         while not exchange.ended:
             if body:
                 await self._write(body)
-            body = lines.feed(await exchange.read())
+            body = lines.feed(await self._read(exchange))
         body += lines.finish()
         self._settle()
         await self._write(body, more=False)
+
+    async def _read(self, exchange: Exchange) -> bytes:
+        data = await exchange.read()
+        if not self._run.spending.take(data) and self._rules.stop_over_budget and not exchange.ended:
+            raise BudgetSpentMidway
+        return data
 
     def _settle(self) -> End:
         """Say how the run ended whose answer is whole."""

@@ -12,7 +12,8 @@ from proxy.ends import End
 from proxy.limits import NoLease
 from proxy.model import Deadlines, FlowRules, Headers, Record, UpstreamRequest
 from proxy.negotiation import Wish
-from proxy.runs import Run
+from proxy.runs import Run, Spending
+from proxy.usage import reader_for
 
 type Message = dict[str, Any]
 
@@ -125,9 +126,11 @@ class FakeLease(NoLease):
         self.released += 1
 
 
-def run_of(wish: Wish | None = None) -> Run:
+def run_of(wish: Wish | None = None, lease: FakeLease | None = None) -> Run:
     """Make a run as the routes do: a stream with a `wish`, else an invoke."""
-    return Run(Record(b"r-1", 0.0, "127.0.0.1"), "tag~thread", lambda: STOP, wish)
+    record = Record(b"r-1", 0.0, "127.0.0.1")
+    reader = reader_for("answer" if wish is None else "stream")
+    return Run(record, "tag~thread", lambda: STOP, wish, Spending(reader, lease or FakeLease(), record))
 
 
 def end_of(run: Run) -> End:

@@ -160,7 +160,11 @@ def _could_be_error(beginning: bytes) -> bool | None:
 
 
 class LineTooLongError(Exception):
-    """A line is longer than it may be."""
+    """A line is longer than it may be; `frames` are those of the lines before it."""
+
+    def __init__(self, frames: bytes) -> None:
+        super().__init__()
+        self.frames = frames
 
 
 class EventFrames:
@@ -190,8 +194,8 @@ class EventFrames:
         if rest:
             self._begun.append(rest)
             self._size += len(rest)
-        if self._size > self._most or any(len(line) > self._most for line in lines):
-            raise LineTooLongError
+        if self._size > self._most or len(data) > self._most or (lines and len(lines[0]) > self._most):
+            self._require_short(lines)
         return self._frames(lines)
 
     def finish(self) -> bytes:
@@ -210,6 +214,13 @@ class EventFrames:
             return self._frame(b"stopped", pydantic_core.to_json({"end": end, "message": MESSAGES[end]}))
         retry = b"retry: %d\n" % RETRY_MILLISECONDS if end is End.SHUTDOWN else b""
         return retry + self._frame(b"error", self._errors.line(end, MESSAGES.get(end, "The stream ended early.")))
+
+    def _require_short(self, lines: Sequence[bytes]) -> None:
+        for number, line in enumerate(lines):
+            if len(line) > self._most:
+                raise LineTooLongError(self._frames(lines[:number]))
+        if self._size > self._most:
+            raise LineTooLongError(self._frames(lines))
 
     def _frames(self, lines: Sequence[bytes]) -> bytes:
         parts: list[bytes] = []

@@ -165,8 +165,8 @@ class Relay:
             if not kept:
                 if exchange is not None:
                     exchange.abandon(ClientLeft())
-                run.spending.settle()
                 lease.release()
+                run.spending.settle()
 
     async def collect(self, request: UpstreamRequest, deadlines: Deadlines, receive: Receive) -> tuple[int, bytes]:
         """Read a whole answer of at most 16 MiB: its status and body. Raises a Problem."""

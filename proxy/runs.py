@@ -78,7 +78,7 @@ class Runs:
         self._rules = rules
         self._by_thread: dict[str, list[Run]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._kept: set[Exchange] = set()
+        self._kept: dict[Run, Exchange] = {}
 
     def begin(self, run: Run) -> None:
         """Count a run in."""
@@ -106,6 +106,7 @@ class Runs:
             return False
         keep = run.wish is None and not exchange.ended
         if keep:
+            self._kept[run] = exchange
             self._go(self._keep(run, exchange, lease, seconds))
         if keep or (run.wish is not None and self._rules.stop_on_disconnect):
             self.stop(run)
@@ -122,12 +123,13 @@ class Runs:
 
     async def close(self, seconds: float) -> None:
         """Give up what is kept, and wait at most `seconds` for what is being asked to stop."""
-        for exchange in list(self._kept):
+        for exchange in list(self._kept.values()):
             exchange.abandon(ClientLeft())
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
                 task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     def _go(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -135,7 +137,6 @@ class Runs:
         task.add_done_callback(self._tasks.discard)
 
     async def _keep(self, run: Run, exchange: Exchange, lease: Lease, seconds: float) -> None:
-        self._kept.add(exchange)
         try:
             async with asyncio.timeout(seconds):
                 await exchange.head()
@@ -144,10 +145,10 @@ class Runs:
         except (Problem, TimeoutError):
             pass  # nobody is left to be told
         finally:
-            run.spending.settle()
-            self._kept.discard(exchange)
+            del self._kept[run]
             exchange.abandon(ClientLeft())
             lease.release()
+            run.spending.settle()
 
     async def _stop(self, run: Run) -> None:
         status, reason = 0, ""

@@ -34,6 +34,7 @@ class Stream:
         self._errors = ErrorLines(request_id, rules.error_detail, self._tell)
         self._frames = EventFrames(request_id, self._errors, rules.max_line) if run.wish is Wish.EVENTS else None
         self._begun = False
+        self._overspent = False
 
     async def deliver(self, exchange: Exchange) -> None:
         """Pass the answer on, whole. Raises a Problem; `conclude` may then still tell it."""
@@ -95,6 +96,8 @@ class Stream:
                 body = frames.feed(data) if data or exchange.ended else PING
             body += frames.finish()
         except LineTooLongError as error:
+            if error.frames:
+                await self._write(error.frames)
             raise LineTooLong from error
         await self._write(body + frames.end(self._settle()), more=False)
 
@@ -120,9 +123,10 @@ class Stream:
         await self._write(body, more=False)
 
     async def _read(self, exchange: Exchange) -> bytes:
-        data = await exchange.read()
-        if not self._run.spending.take(data) and self._rules.stop_over_budget and not exchange.ended:
+        if self._overspent:
             raise BudgetSpentMidway
+        data = await exchange.read()
+        self._overspent = not self._run.spending.take(data) and self._rules.stop_over_budget
         return data
 
     def _settle(self) -> End:

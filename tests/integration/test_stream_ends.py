@@ -3,8 +3,7 @@
 import asyncio
 import json
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -12,45 +11,17 @@ import pytest
 
 from tests.support.agent import start_agent
 from tests.support.agent import stop as stop_agent
+from tests.support.front import RUN, SECRET, client_of, ended, proxy_before
 from tests.support.principals import Principals
 from tests.support.provider import stand_in
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
-from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, RawUpstream, Talk, answer, chunk, raw_upstream
-
-SECRET = "s" * 48
-RUN = {"text": "hi"}
+from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, answer, chunk, raw_upstream
 
 
 @pytest.fixture(scope="module")
 def principals() -> Principals:
     """Give somebody who may call."""
     return Principals()
-
-
-@asynccontextmanager
-async def proxy_before(
-    talk: Talk, directory: Path, principals: Principals, **environment: str
-) -> AsyncIterator[tuple[Proxy, RawUpstream]]:
-    """Run a proxy before an upstream that talks as `talk` does."""
-    async with raw_upstream(talk) as upstream:
-        proxy = await asyncio.to_thread(
-            start_proxy, directory, upstream.url, SECRET, **principals.environment(), **environment
-        )
-        try:
-            yield proxy, upstream
-        finally:
-            await asyncio.to_thread(stop_proxy, proxy.process)
-
-
-def client_of(proxy: Proxy, principals: Principals) -> httpx.AsyncClient:
-    """Make a client that is signed in."""
-    token = principals.token("alice")
-    return httpx.AsyncClient(base_url=proxy.url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
-
-
-async def ended(proxy: Proxy, operation: str) -> dict[str, object]:
-    """Wait for the access line of `operation`."""
-    return await asyncio.to_thread(proxy.line_of, operation=operation)
 
 
 async def test_each_event_arrives_before_the_next_is_written(tmp_path: Path, principals: Principals) -> None:

@@ -66,8 +66,8 @@ class FakeExchange:
 
     async def head(self) -> bool:
         if self.before is not None:
-            before, self.before = self.before, None
-            await before()
+            await self.before()
+            self.before = None
         return True
 
     def nudge(self) -> None:
@@ -80,7 +80,11 @@ class FakeExchange:
                 raise part
             if isinstance(part, bytes):
                 return part
-            await part()
+            try:
+                await part()
+            except asyncio.CancelledError:
+                self.parts.insert(0, part)  # to cancel a read changes nothing
+                raise
         self.ended = True
         return b""
 

@@ -25,7 +25,6 @@ ANSWER_SECONDS: Final = 1.5
 """How long one answer to a serving process may take; with the time between polls it bounds a revocation."""
 _CONNECTIONS: Final = 3  # one each for the watch, the look-ups and the uses
 _LAST_PORT: Final = 65_535
-_OPTIONS: Final = {*inspect.signature(asyncpg.connect).parameters, "prepared_statement_cache_size"}
 _NO_ADDRESS: Final = (
     "is no address of a database: %-code what is neither letter nor digit in user and password, "
     "and after ? name asyncpg's options only (sslmode is called ssl there)"
@@ -204,11 +203,15 @@ def _engine(url: str, patience: float) -> AsyncEngine:
     options: dict[str, Any] = {"pool_size": _CONNECTIONS, "max_overflow": 0, "pool_timeout": patience}
     if address.get_backend_name() == "sqlite":
         options["async_creator"] = lambda: _open_file(address.database or "", patience)
-    elif address.query.keys() - _OPTIONS or not 0 < (address.port or 1) <= _LAST_PORT:
+    elif address.query.keys() - _options_of_asyncpg() or not 0 < (address.port or 1) <= _LAST_PORT:
         raise ArgumentError(_NO_ADDRESS)
     else:
         options["connect_args"] = {"timeout": patience}
     return create_async_engine(address, pool_pre_ping=True, hide_parameters=True, **options)
+
+
+def _options_of_asyncpg() -> set[str]:
+    return {*inspect.signature(asyncpg.connect).parameters, "prepared_statement_cache_size"}
 
 
 async def _open_file(path: str, patience: float) -> aiosqlite.Connection:

@@ -17,13 +17,15 @@
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
-10. `relay`           passes the bytes on as they come, until either side ends it; `usage` reads from them what
-                      the run has used (of what is long, from its `outlines`), and `tallies` add it up.
+10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
+                      or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
+                      run has used (of what is long, from its `outlines`), `tallies` add it up. `runs` knows which go
+                      on, and minds those whose client left.
 11. `observability`   writes the access line.
 
-`listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
+`listing` filters the one answer that is made here. `model`, `errors`, `outages` and `ends` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
-of which `notices` tell every proxy. `settings`, `tokensettings`, `limitsettings` and `overloadsettings`, which
-`environment` reads and `reload` reads again, `app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and
-`dev` build the house and open the door.
+of which `notices` tell every proxy. `settings`, `tokensettings`, `limitsettings`, `flowsettings` and
+`overloadsettings`, which `environment` reads and `reload` reads again, `app`, `openapi`, `server` (with `protocol`),
+`cli`, `limitcommands` and `dev` build the house and open the door.
 """

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any, override
+from typing import Any, Final, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -30,10 +30,14 @@ from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
+from proxy.runs import Runs
 from proxy.settings import Settings
 from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
+
+_LAST_STOPS_SECONDS: Final = 2.0
+"""How long an ending process tells the sidecar of runs that nobody will hear."""
 
 
 class Proxy(FastAPI):
@@ -78,8 +82,11 @@ def create_app(
     overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
+    upstream = upstream or make_pool(settings)
+    runs = Runs(upstream, settings.flow_rules())
+    relay = Relay(upstream, runs, settings.flow_rules())
+    operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
-    operations = routes(_phases(settings, limits, upstream or make_pool(settings), clock, overload))
     app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
@@ -93,14 +100,14 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(settings, keys, store, limits, overload)
+    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs)
     app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
 async def _background(
-    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, limits: Limits, overload: Overload
+    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, limits: Limits, overload: Overload, runs: Runs
 ) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     listening = _listening(settings, keys) if store is not None else nullcontext()
@@ -108,6 +115,7 @@ async def _background(
         async with overload.watching(), keys.watching(), listening, limits.watching():
             yield
     finally:
+        await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
 
@@ -125,14 +133,12 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(
-    settings: Settings, limits: Limits, upstream: Upstream, clock: Callable[[], float], overload: Overload
-) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float], overload: Overload) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
         overload=overload,
         limits=limits,
-        relay=Relay(upstream),
+        relay=relay,
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),

@@ -152,7 +152,7 @@ class KeyCache:
                 try:
                     await self._write_uses()
                 except Exception as error:  # noqa: BLE001  the edge of this task: dead, it would write no use any more
-                    log.error("key_uses.lost", extra={"fields": {"reason": type(error).__name__}})  # noqa: TRY400  its text may hold values
+                    log.warning("key_uses.lost", extra={"fields": {"reason": type(error).__name__}})
 
     async def _write_uses(self) -> None:
         uses, self._uses = self._uses, {}

@@ -13,6 +13,7 @@ from pydantic import (
     field_validator,
 )
 
+from proxy.flowsettings import FlowSettings
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.limitsettings import LimitSettings, RedisUrl
@@ -43,7 +44,7 @@ type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 
 
-class Settings(LimitSettings, OverloadSettings, TokenSettings):
+class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"

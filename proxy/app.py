@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
+from proxy.accesslog import AccessLog
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -74,9 +75,15 @@ def create_app(
         lifecycle=lifecycle,
         audit=Audit(),
     )
-    app.middleware_stack = Observability(
-        door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
+    observability = Observability(
+        door,
+        clock=time.perf_counter,
+        new_id=lambda: uuid.uuid4().hex,
+        trusted_hops=settings.trusted_hops,
+        watchers=[AccessLog()],
     )
+    app.middleware_stack = observability
+    app.state.note_refusal = observability.note_refusal
     app.state.background = lambda: _background(keys, store)
     return app
 

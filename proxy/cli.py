@@ -17,8 +17,9 @@ from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.environment import SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text, parse_keys
+from proxy.logs import configure_logging
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
-from proxy.server import build, configure_logging, listen, require_schema
+from proxy.server import build, listen, require_schema
 from proxy.settings import Settings
 from proxy.tokens import issue_token
 

@@ -23,8 +23,9 @@ import httpx
 from proxy.credentials import make_key, parse_key
 from proxy.environment import PREFIX, SettingsError, load
 from proxy.keys import entry_text
+from proxy.logs import configure_logging
 from proxy.operations import USUAL_SCOPES
-from proxy.server import build, configure_logging, listen
+from proxy.server import build, listen
 from proxy.settings import Settings
 from proxy.tokens import issue_token
 

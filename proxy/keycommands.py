@@ -22,10 +22,11 @@ from proxy.credentials import KeyParts, make_key, parse_key
 from proxy.environment import SettingsError, load_key_settings
 from proxy.keys import parse_digest_lines, parse_keys, read_entry
 from proxy.keystore import KeyRefusedError, SqlKeyStore
+from proxy.logs import JsonFormatter
 from proxy.model import StoredKey
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.outages import KeyStoreDown
-from proxy.server import MIGRATE_FIRST, JsonFormatter, configure_audit
+from proxy.server import MIGRATE_FIRST, configure_audit
 
 PATIENCE: Final = 30.0
 DAY: Final = 86_400

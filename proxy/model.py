@@ -91,12 +91,15 @@ class StoredKey:
 class Record:
     """What is known of one request so far; filled along its way, written as the access line at its end.
 
-    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out.
+    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out. Without a
+    method it was no request.
     """
 
     request_id: bytes
     started: float
     address: str
+    method: str = ""
+    path: str = ""
     principal: Principal | None = None
     operation: str = ""
     status: int = 0
@@ -106,6 +109,16 @@ class Record:
     reason: str = ""
     fault: str = ""
     answer_fields: Headers = field(default_factory=list)
+
+
+class Watcher(Protocol):
+    """Sees every request begin and end: the access line, the metrics, the traces. Never raises, never waits."""
+
+    def begin(self, record: Record, headers: Headers) -> None:
+        """Take in that a request has begun, with its header fields."""
+
+    def end(self, record: Record, now: float) -> None:
+        """Take in that it has ended `now`, in the seconds of the record's own clock."""
 
 
 RECORD: Final = "agentflow_proxy.record"

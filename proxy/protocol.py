@@ -3,7 +3,8 @@
 Refuses before a request exists; knows nothing of what requests mean.
 """
 
-from typing import Final, override
+from collections.abc import Callable
+from typing import Any, Final, override
 
 import pydantic_core
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -21,6 +22,10 @@ class OneAtATime(HttpToolsProtocol):
     uvicorn queues pipelined requests without bound, and tells only the newest of them that the client left; and
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
+
+    def __init__(self, *args: Any, note_refusal: Callable[..., None], **options: Any) -> None:  # noqa: ANN401  uvicorn's
+        super().__init__(*args, **options)
+        self._note_refusal = note_refusal
 
     @override
     def on_message_begin(self) -> None:
@@ -45,6 +50,7 @@ class OneAtATime(HttpToolsProtocol):
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
+        self._note_refusal(self.client, reason=msg, sent=len(body))
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

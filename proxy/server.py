@@ -1,20 +1,19 @@
-"""Serving the app: uvicorn with our signals, our drain, and logs that are one JSON object a line.
+"""Serving the app: uvicorn with our signals and our drain.
 
 Knows nothing of requests; ends with status 0 after SIGTERM or SIGINT, answers finished or their grace over.
 """
 
 import asyncio
-import json
 import logging
 import os
 import signal
 import socket
 from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager, contextmanager
-from datetime import UTC, datetime
+from functools import partial
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Final, TextIO, override
+from typing import Final, override
 
 import uvicorn
 
@@ -22,8 +21,8 @@ from proxy import audit
 from proxy.app import create_app, make_pool
 from proxy.environment import SettingsError
 from proxy.keystore import SqlKeyStore
+from proxy.logs import JsonFormatter
 from proxy.model import Lifecycle
-from proxy.observability import place_of
 from proxy.outages import KeyStoreDown
 from proxy.protocol import OneAtATime
 from proxy.settings import Settings
@@ -32,40 +31,9 @@ from proxy.upstream import Pool
 log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
-_EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
 
 
 MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, event, and the record's fields."""
-
-    @override
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        }
-        if record.exc_info is not None and record.exc_info[1] is not None:
-            line["error"] = place_of(record.exc_info[1])
-        text = json.dumps(line | getattr(record, "fields", {}), separators=(",", ":"))
-        return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
-
-
-def configure_logging(level: str, stream: TextIO) -> None:
-    """Send every logger's lines to `stream`, from `level` up."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter())
-    logging.raiseExceptions = False  # a log that cannot be written stops nothing
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(level.upper())
-    server = logging.getLogger("uvicorn.error")
-    server.setLevel(max(logging.WARNING, root.level))
-    # A cut answer is left cut on purpose; its access line says why.
-    server.addFilter(lambda record: record.msg not in _EXPECTED)
 
 
 def configure_audit(path: Path | None) -> None:
@@ -191,7 +159,7 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=OneAtATime,
+        http=partial(OneAtATime, note_refusal=app.state.note_refusal),  # type: ignore[arg-type]  # called, never looked into
         ws="none",
         lifespan="off",
         access_log=False,

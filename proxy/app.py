@@ -6,7 +6,7 @@ Only wiring; decides nothing, and does no work at import.
 import hmac
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
+from proxy.metrics import Reading
 from proxy.model import Lifecycle, Upstream
 from proxy.observability import Observability
 from proxy.publickeys import KeySource, KnownKeys
@@ -29,6 +30,7 @@ from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
 from proxy.settings import Settings
+from proxy.telemetry import Telemetry, connection_readings
 from proxy.tenancy import RunRules
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
@@ -48,9 +50,15 @@ def create_app(
     upstream: Upstream | None = None,
     lifecycle: Lifecycle | None = None,
     clock: Callable[[], float] = time.time,
+    telemetry: Telemetry | None = None,
 ) -> FastAPI:
-    """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead."""
+    """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead.
+
+    `telemetry` watches it, where somebody wants to see more than the access line.
+    """
     lifecycle = lifecycle or Lifecycle()
+    telemetry = telemetry or Telemetry()
+    upstream = upstream or make_pool(settings)
     store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
     shown = settings.docs
@@ -64,7 +72,7 @@ def create_app(
     )
     app.router.routes += [
         *health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))),
-        *routes(_phases(settings, upstream or make_pool(settings), clock)),
+        *routes(_phases(settings, upstream, clock)),
     ]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router))
@@ -80,19 +88,28 @@ def create_app(
         clock=time.perf_counter,
         new_id=lambda: uuid.uuid4().hex,
         trusted_hops=settings.trusted_hops,
-        watchers=[AccessLog()],
+        watchers=[AccessLog(), *telemetry.watchers],
     )
     app.middleware_stack = observability
     app.state.note_refusal = observability.note_refusal
-    app.state.background = lambda: _background(keys, store)
+    if telemetry.metrics is not None:
+        telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream))
+    app.state.background = lambda: _background(keys, store, telemetry)
     return app
 
 
+def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream) -> Iterable[Reading]:
+    """Give the metrics that nobody counts."""
+    yield "ready", (), lifecycle.ready
+    yield "key_store_up", (), not keys.is_down
+    yield from connection_readings(upstream)
+
+
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerator[None]:
+async def _background(keys: KeyCache, store: SqlKeyStore | None, telemetry: Telemetry) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
-        async with keys.watching():
+        async with telemetry.watching(), keys.watching():
             yield
     finally:
         if store is not None:

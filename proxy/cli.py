@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(_: argparse.Namespace) -> int:
     """Serve from the environment alone, until SIGTERM."""
     settings = load(os.environ)
-    configure_logging(settings.log_level, sys.stdout)
+    configure_logging(settings.log_level, sys.stdout, settings.log_format)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:

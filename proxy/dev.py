@@ -103,7 +103,7 @@ def _serve(
         "audience": settings.jwt_audience,
     }
     _write_private(DIRECTORY / "credentials.json", json.dumps(credentials, indent=2) + "\n")
-    configure_logging(settings.log_level, sys.stderr)
+    configure_logging(settings.log_level, sys.stderr, settings.log_format)
     server = build(settings, started=lambda: print(_greeting(base_url, kept.api_key, token), flush=True))
     died = threading.Event()
 

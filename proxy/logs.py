@@ -78,7 +78,7 @@ class LineWriter:
     def _write_all(self, lines: list[bytes]) -> None:
         if self.dropped > self._told:
             told = self.dropped
-            lines.insert(0, encode_line("warning", "log.lines_dropped", {"lines": told - self._told}))
+            lines.append(encode_line("warning", "log.lines_dropped", {"lines": told - self._told}))
             self._told = told
         start, size = 0, 0
         for end, line in enumerate(lines):

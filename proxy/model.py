@@ -87,6 +87,32 @@ class StoredKey:
         return ""
 
 
+class ModelUsage(Protocol):
+    """How many model tokens a run took; `estimated` where the agent did not say."""
+
+    @property
+    def input_tokens(self) -> int:
+        """Tokens that the model read."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that the model wrote."""
+
+    @property
+    def estimated(self) -> bool:
+        """Whether the numbers are the proxy's own guess."""
+
+
+class Trace(Protocol):
+    """Where a traced request leaves its marks."""
+
+    def mark(self, name: str) -> None:
+        """End the phase `name` now; it began with the mark before this one, or with the request."""
+
+    def forward(self, attributes: Mapping[str, str | int]) -> bytes:
+        """Begin a request to the sidecar; give the traceparent it is told (W3C Trace Context)."""
+
+
 @dataclass(slots=True)
 class Record:
     """What is known of one request so far; filled along its way, written as the access line at its end.
@@ -109,6 +135,14 @@ class Record:
     reason: str = ""
     fault: str = ""
     answer_fields: Headers = field(default_factory=list)
+    received_bytes: int = 0
+    forwarded: bool = False
+    """Whether the request was written for the sidecar; without it nothing ran."""
+    decisions: list[tuple[str, str]] = field(default_factory=list)
+    """What each policy of the limits decided: its name, and the outcome."""
+    usage: "ModelUsage | None" = None
+    trace: "Trace | None" = None
+    """Set while the request is traced."""
 
 
 class Watcher(Protocol):

@@ -46,8 +46,8 @@ class Phases:
     async def run(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run, then relay its answer."""
         raw = await self._read(scope, receive)
-        body, _ = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
-        request = self._upstream(permit, scope, body=body)
+        body, thread = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        request = self._upstream(permit, scope, body=body, thread=thread)
         await self.relay.relay(request, self.run_deadlines, receive, send)
 
     async def control(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,7 +83,10 @@ class Phases:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         rules = self.body_rules
-        return await read_body(scope["headers"], receive, most=rules.most, seconds=rules.seconds)
+        raw = await read_body(scope["headers"], receive, most=rules.most, seconds=rules.seconds)
+        record: Record = scope[RECORD]
+        record.received_bytes = len(raw)
+        return raw
 
     def _upstream(
         self,
@@ -93,8 +96,11 @@ class Phases:
         parameters: Mapping[str, str] | None = None,
         query: bytes = b"",
         body: bytes = b"",
+        thread: str = "",
     ) -> UpstreamRequest:
         record: Record = scope[RECORD]
+        record.forwarded = True
+        traced = record.trace.forward(_span_attributes(permit.operation, thread)) if record.trace is not None else None
         return request_upstream(
             permit,
             parameters=parameters or {},
@@ -103,7 +109,16 @@ class Phases:
             body=body,
             identity=self.identity.token(permit.principal),
             request_id=record.request_id,
+            traceparent=traced,
         )
+
+
+def _span_attributes(operation: Operation, thread: str) -> dict[str, str | int]:
+    """Name what a request to the sidecar is, in OpenTelemetry's words; a run is bound to a `thread`."""
+    told: dict[str, str | int] = {"http.request.method": operation.method, "url.template": operation.upstream}
+    if thread:
+        told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread}
+    return told
 
 
 type Phase = Callable[[Permit, str, Scope, Receive, Send], Awaitable[None]]
@@ -130,11 +145,18 @@ class Endpoint:
         if principal is None:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
+        trace = record.trace
+        if trace is not None:
+            trace.mark("authentication")
         permit = authorize(principal, self._operation)
+        if trace is not None:
+            trace.mark("policy")
         secret = self._phases.thread_secret
         tag = tag_of(principal.namespace, secret)
         payer = tag_of(principal.caller, secret) if principal.caller else tag
         record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
+        if trace is not None:
+            trace.mark("limit")
         await self._perform(permit, tag, scope, receive, send)
 
 

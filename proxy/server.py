@@ -26,6 +26,7 @@ from proxy.model import Lifecycle
 from proxy.outages import KeyStoreDown
 from proxy.protocol import OneAtATime
 from proxy.settings import Settings
+from proxy.telemetry import Share, begin_telemetry
 from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
@@ -66,8 +67,10 @@ class Server(uvicorn.Server):
         pool: Pool,
         drain_delay: float,
         started: Callable[[], None] | None = None,
+        metrics: str | None = None,
     ) -> None:
         super().__init__(config)
+        self._metrics = metrics
         self._background = background
         self._pool = pool
         self._drain_delay = drain_delay
@@ -119,7 +122,10 @@ class Server(uvicorn.Server):
         if self._started is not None and not self.should_exit:
             self._started()
         listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
-        log.info("server.started", extra={"fields": {"listening": [f"{host}:{port}" for host, port in listening]}})
+        fields: dict[str, object] = {"listening": [f"{host}:{port}" for host, port in listening]}
+        if self._metrics is not None:
+            fields["metrics"] = self._metrics
+        log.info("server.started", extra={"fields": fields})
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -148,14 +154,23 @@ def require_schema(url: str) -> None:
         raise SettingsError([MIGRATE_FIRST])
 
 
-def build(settings: Settings, *, started: Callable[[], None] | None = None) -> Server:
-    """Build the server for `settings`. Raises SettingsError for what can only be known by trying."""
+def build(settings: Settings, *, started: Callable[[], None] | None = None, share: Share | None = None) -> Server:
+    """Build the server for `settings`. Raises SettingsError for what can only be known by trying.
+
+    `share` is what one of several workers has in common with the others, where there are metrics.
+    """
     configure_audit(settings.audit_file)
     if settings.database_url is not None:
         require_schema(settings.database_url.get_secret_value())
     lifecycle = Lifecycle()
     pool = make_pool(settings)
-    app = create_app(settings, upstream=pool, lifecycle=lifecycle)
+    try:
+        telemetry = begin_telemetry(settings, share)
+    except OSError as error:
+        address = f"{settings.metrics_host}:{settings.metrics_port}"
+        fault = f"PROXY_METRICS_HOST, PROXY_METRICS_PORT: {address} cannot be used: {error.strerror}"
+        raise SettingsError([fault]) from error
+    app = create_app(settings, upstream=pool, lifecycle=lifecycle, telemetry=telemetry)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -176,4 +191,5 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         pool=pool,
         drain_delay=settings.drain_delay_seconds,
         started=started,
+        metrics=telemetry.server.address if telemetry.server is not None else None,
     )

@@ -17,6 +17,7 @@ from pydantic import (
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.model import Deadlines, StoredKey
+from proxy.telemetrysettings import TelemetrySettings
 from proxy.tokensettings import Seconds, TokenSettings
 
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
@@ -56,7 +57,7 @@ type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
-class Settings(TokenSettings):
+class Settings(TokenSettings, TelemetrySettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
@@ -108,7 +109,6 @@ class Settings(TokenSettings):
         float, Field(ge=0, le=60, description="after SIGTERM, /health/ready says 503 this long before the port closes")
     ] = 0
     docs: Annotated[bool, Field(description="serve /docs and /openapi.json")] = True
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level logged")] = "info"
 
     @field_validator("agent_url")
     @classmethod

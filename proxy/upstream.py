@@ -17,8 +17,6 @@ from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, Upstream
 
 MAX_WAITING_BYTES: Final = 65_536
 """Upstream is paused while this much of a body waits for the client."""
-
-
 _FAILED: Final = 500
 
 
@@ -218,7 +216,8 @@ class Pool:
         self._most = most
         self._most_idle = most_idle
         self._idle_seconds = idle_seconds
-        self._idle: deque[Connection] = deque()
+        self.idle = self._idle = deque[Connection]()
+        """Those kept for the next request."""
         self._sweeping = False
         self.open = 0
         """Connections that are open or being opened."""

@@ -62,7 +62,7 @@ class AccessLog:
         if principal is not None and principal.on_behalf_of is not None:
             line += f',"on_behalf_of":{quoted(principal.on_behalf_of)}'
         if record.fault:
-            line += f',"fault":"{record.fault}","reason":{quoted(record.reason)}'
+            line += f',"code":"{record.code}","fault":"{record.fault}","reason":{quoted(record.reason)}'
         return without_delete(line + "}")
 
     def _time(self) -> str:

@@ -73,7 +73,7 @@ class _Handler(WSGIRequestHandler):
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
-    handle_error = _ignore
+    handle_error = _ignore  # type: ignore[assignment]  # takes what it is given
 
 
 class MetricsServer:

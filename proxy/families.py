@@ -57,6 +57,7 @@ FAMILIES: Final[dict[str, Family]] = {
         Family("problems", "counter", "Requests that ended with a problem, by its code and whose fault it is.", ("code", "fault")),
         Family("limit_decisions", "counter", "What the limits decided.", ("policy", "outcome")),
         Family("model_tokens", "counter", "Model tokens, as the agent reported or the proxy estimated them.", ("operation", "direction", "estimated")),
+        Family("turns", "counter", "Whole messages of the assistant.", ("operation",)),
         Family("received_bytes", "counter", "Bytes of request bodies that were read.", ("operation",)),
         Family("sent_bytes", "counter", "Bytes of answers' bodies that were sent.", ("operation",)),
         Family("requests_in_flight", "gauge", "Requests that are being answered."),

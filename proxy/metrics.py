@@ -107,9 +107,9 @@ class Metrics:
                 if operation == _STREAM:
                     self._count("stream_end", record.end)
         if record.fault:
-            self._count("problems", record.end, record.fault)
-        for policy, outcome in record.decisions:
-            self._count("limit_decisions", policy, outcome)
+            self._count("problems", record.code, record.fault)
+        if record.turns:
+            self._count("turns", operation, by=record.turns)
         if record.usage is not None:
             estimated = "true" if record.usage.estimated else "false"
             self._count("model_tokens", operation, "input", estimated, by=record.usage.input_tokens)

@@ -87,20 +87,14 @@ class StoredKey:
         return ""
 
 
-class ModelUsage(Protocol):
-    """How many model tokens a run took; `estimated` where the agent did not say."""
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Model tokens that a run has used so far; `estimated` when any of them was told from bytes, not reported."""
 
-    @property
-    def input_tokens(self) -> int:
-        """Tokens that the model read."""
-
-    @property
-    def output_tokens(self) -> int:
-        """Tokens that the model wrote."""
-
-    @property
-    def estimated(self) -> bool:
-        """Whether the numbers are the proxy's own guess."""
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    estimated: bool
 
 
 class Trace(Protocol):
@@ -132,16 +126,17 @@ class Record:
     sent_bytes: int = 0
     first_byte_at: float | None = None
     end: str = "done"
+    code: str = ""
     reason: str = ""
     fault: str = ""
     answer_fields: Headers = field(default_factory=list)
+    usage: Usage | None = None
+    turns: int = 0
+    """Whole messages of the assistant in the answer."""
     received_bytes: int = 0
     forwarded: bool = False
     """Whether the request was written for the sidecar; without it nothing ran."""
-    decisions: list[tuple[str, str]] = field(default_factory=list)
-    """What each policy of the limits decided: its name, and the outcome."""
-    usage: "ModelUsage | None" = None
-    trace: "Trace | None" = None
+    trace: Trace | None = None
     """Set while the request is traced."""
 
 

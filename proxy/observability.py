@@ -91,7 +91,8 @@ class Observability:
         address = client_address(peer, [], trusted_hops=0)
         record = Record(self._new_id().encode(), self._clock(), address)
         record.status, record.sent_bytes, record.first_byte_at = ClientProblem.status, sent, record.started
-        record.end, record.reason, record.fault = ClientProblem.code, reason, ClientProblem.fault
+        record.end = record.code = ClientProblem.code
+        record.reason, record.fault = reason, ClientProblem.fault
         for watcher in self._watchers:
             watcher.begin(record, [])
         self._end(record)
@@ -104,7 +105,8 @@ class Observability:
     async def _answer(self, problem: Problem, scope: Scope, send: Send) -> None:
         """Send the problem if nothing was sent yet; else leave the answer cut, which is what it is."""
         record: Record = scope[RECORD]
-        record.end, record.reason, record.fault = problem.code, problem.reason, problem.fault
+        record.end = record.code = problem.code
+        record.reason, record.fault = problem.reason, problem.fault
         if record.status:
             return
         if problem.status == 499:  # noqa: PLR2004  nobody is there

@@ -23,7 +23,7 @@ class OneAtATime(HttpToolsProtocol):
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
 
-    def __init__(self, *args: Any, note_refusal: Callable[..., None], **options: Any) -> None:  # noqa: ANN401  uvicorn's
+    def __init__(self, *args: Any, note_refusal: Callable[..., None] | None = None, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
 
@@ -50,7 +50,8 @@ class OneAtATime(HttpToolsProtocol):
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
-        self._note_refusal(self.client, reason=msg, sent=len(body))
+        if self._note_refusal is not None:
+            self._note_refusal(self.client, reason=msg, sent=len(body))
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -11,6 +11,7 @@ import socket
 from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Final, override
@@ -37,6 +38,22 @@ KEEP_ALIVE_SECONDS: Final = 75
 MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
 
 
+class AuditFile(WatchedFileHandler):
+    """A file for its owner alone, also the one that is begun where the last was moved away."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # no new file can be begun: that is no reason to answer nobody
+            self.handleError(record)
+
+    @override
+    def _open(self) -> TextIOWrapper:
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        return super()._open()
+
+
 def configure_audit(path: Path | None) -> None:
     """Send the audit log to the file `path`, or where every line goes. Raises SettingsError.
 
@@ -46,8 +63,7 @@ def configure_audit(path: Path | None) -> None:
     if path is None:
         return
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        handler = WatchedFileHandler(path, encoding="ascii")
+        handler = AuditFile(path, encoding="ascii")
     except OSError as error:
         raise SettingsError([f"PROXY_AUDIT_FILE: {path} cannot be written: {error.strerror}"]) from error
     handler.setFormatter(JsonFormatter())

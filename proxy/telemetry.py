@@ -5,7 +5,7 @@ Only wiring; the libraries of what is not asked for are not even imported.
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, Iterable, Sized
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sized
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -40,6 +40,17 @@ class Connections(Protocol):
 
     open: int
     idle: Sized
+
+
+@runtime_checkable
+class Decisions(Protocol):
+    """What the limits have decided: how often, by policy and outcome; and whether they must do without Redis."""
+
+    decisions: Mapping[tuple[str, str], int]
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether decisions are made without Redis, though there should be one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,14 @@ def connection_readings(pool: object) -> Iterable[Reading]:
         idle = len(pool.idle)
         yield "upstream_connections", ("idle",), idle
         yield "upstream_connections", ("busy",), pool.open - idle
+
+
+def limit_readings(limits: object) -> Iterable[Reading]:
+    """Give what `limits` count of themselves, where they do."""
+    if isinstance(limits, Decisions):
+        yield "limiter_degraded", (), limits.is_degraded
+        for key, count in dict(limits.decisions).items():
+            yield "limit_decisions", key, count
 
 
 @asynccontextmanager

@@ -196,7 +196,7 @@ def _server_attributes(record: Record) -> dict[str, str | int | float]:
     if record.principal is not None:
         told["agent_proxy.credential"] = record.principal.kind.value
     if record.fault:
-        told["error.type"] = str(record.end)
+        told["error.type"] = record.code
     return told
 
 
@@ -209,7 +209,7 @@ def _upstream_attributes(record: Record, phase: _Phase) -> dict[str, str | int |
         told["gen_ai.usage.input_tokens"] = record.usage.input_tokens
         told["gen_ai.usage.output_tokens"] = record.usage.output_tokens
     if record.fault in ("proxy", "upstream"):
-        told["error.type"] = str(record.end)
+        told["error.type"] = record.code
     return told
 
 

@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
+
+import httpx
 
 from tests.support.principals import Principals
 
@@ -26,9 +27,9 @@ def test_requests_are_answered_while_nobody_reads_the_log(tmp_path: Path) -> Non
         started = json.loads(proxy.stdout.readline())
         url = f"http://{started['listening'][0]}/health/live?"
 
-        for _ in range(REQUESTS):
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                assert answer.status == 200
+        with httpx.Client(timeout=10) as client:
+            for _ in range(REQUESTS):
+                assert client.get(url).status_code == 200
 
         proxy.send_signal(signal.SIGTERM)
         assert proxy.wait(20) == 0

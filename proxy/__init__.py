@@ -22,6 +22,7 @@
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
 `logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;
 `exposition` serves them, for several workers from one `board`. `telemetry` begins what `telemetrysettings` ask for.
+`livecheck` asks everything that this proxy depends on how it is.
 `settings` and `tokensettings`, which `environment` reads, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev`
 build the house and open the door.
 """

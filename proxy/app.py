@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, override
+from typing import Any, Final, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -29,11 +29,15 @@ from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
+from proxy.runs import Runs
 from proxy.settings import Settings
 from proxy.telemetry import Telemetry, connection_readings, limit_readings
 from proxy.tenancy import RunRules
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
+
+_LAST_STOPS_SECONDS: Final = 2.0
+"""How long an ending process tells the sidecar of runs that nobody will hear."""
 
 
 class Proxy(FastAPI):
@@ -81,7 +85,8 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    phases = _phases(settings, upstream, clock)
+    runs = Runs(upstream, settings.flow_rules())
+    phases = _phases(settings, Relay(upstream, runs, settings.flow_rules()), clock)
     operations = routes(phases)
     app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
@@ -104,7 +109,7 @@ def create_app(
     app.state.note_refusal = observability.note_refusal
     if telemetry.metrics is not None:
         telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, phases.rate))
-    app.state.background = lambda: _background(keys, store, telemetry)
+    app.state.background = lambda: _background(keys, store, runs, telemetry)
     return app
 
 
@@ -117,12 +122,15 @@ def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: 
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None, telemetry: Telemetry) -> AsyncGenerator[None]:
+async def _background(
+    keys: KeyCache, store: SqlKeyStore | None, runs: Runs, telemetry: Telemetry
+) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
         async with telemetry.watching(), keys.watching():
             yield
     finally:
+        await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
 
@@ -133,11 +141,11 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, relay: Relay, clock: Callable[[], float]) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
         rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
-        relay=Relay(upstream),
+        relay=relay,
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),

@@ -62,6 +62,7 @@ FAMILIES: Final[dict[str, Family]] = {
         Family("sent_bytes", "counter", "Bytes of answers' bodies that were sent.", ("operation",)),
         Family("requests_in_flight", "gauge", "Requests that are being answered."),
         Family("runs_in_flight", "gauge", "Runs whose callers wait for the answer.", ("operation",)),
+        Family("runs_abandoned", "gauge", "Runs that go on upstream though their clients have left."),
         Family("streams_active", "gauge", "Streams that have begun and not ended."),
         Family("upstream_connections", "gauge", "Connections to the sidecar.", ("state",)),
         Family("key_store_up", "gauge", "Whether the key store answers; 1 also where there is none.", (), (), "min"),

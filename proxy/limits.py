@@ -23,6 +23,20 @@ from proxy.windows import BoundedMemoryStorage, seconds_to_room, weighted
 _STRATEGY: Final = "sliding-window-counter"
 
 
+class NoLease:
+    """A lease on nothing: what is not limited, or only by its rate. Implements `model.Lease`."""
+
+    def __init__(self, fields: Headers) -> None:
+        self.fields = fields
+
+    def charge(self, tokens: int, *, estimated: bool) -> bool:  # noqa: ARG002  model.Lease
+        """See `model.Lease.charge`."""
+        return True
+
+    def release(self) -> None:
+        """See `model.Lease.release`."""
+
+
 class QuietLimiter(Limiter):
     """slowapi's limiter, with what it is given and nothing else: not what `.env` or RATELIMIT_… would add."""
 

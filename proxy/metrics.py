@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 from proxy.families import FAMILIES
-from proxy.model import Headers, Record
+from proxy.model import Headers, Record, Usage
 from proxy.operations import OPERATIONS, Kind
 
 type Snapshot = dict[str, list[tuple[tuple[str, ...], list[float]]]]
@@ -77,6 +77,7 @@ class Metrics:
         self._operations: dict[str, _PerOperation] = {}
         self._lag = Histogram(FAMILIES["event_loop_lag_seconds"].bounds)
         self._live: dict[int, Record] = {}
+        self._abandoned: list[Record] = []
         self._before: Snapshot = {}
         self.sources: list[Callable[[], Iterable[Reading]]] = []
 
@@ -108,12 +109,25 @@ class Metrics:
                     self._count("stream_end", record.end)
         if record.fault:
             self._count("problems", record.code, record.fault)
-        if record.turns:
-            self._count("turns", operation, by=record.turns)
-        if record.usage is not None:
-            estimated = "true" if record.usage.estimated else "false"
-            self._count("model_tokens", operation, "input", estimated, by=record.usage.input_tokens)
-            self._count("model_tokens", operation, "output", estimated, by=record.usage.output_tokens)
+        if record.goes_on:
+            self._abandoned.append(record)
+        elif record.usage is not None:
+            self._count_usage(operation, record.usage, record.turns)
+
+    def _count_usage(self, operation: str, usage: Usage, turns: int) -> None:
+        estimated = "true" if usage.estimated else "false"
+        self._count("model_tokens", operation, "input", estimated, by=usage.input_tokens)
+        self._count("model_tokens", operation, "output", estimated, by=usage.output_tokens)
+        self._count("turns", operation, by=turns)
+
+    def _settle(self) -> None:
+        """Count what the runs have used that went on without their clients, and are over."""
+        over = [record for record in self._abandoned if not record.goes_on]
+        if over:
+            self._abandoned = [record for record in self._abandoned if record.goes_on]
+            for record in over:
+                if record.usage is not None:
+                    self._count_usage(record.operation, record.usage, record.turns)
 
     def _count(self, *key: str, by: int = 1) -> None:
         self._counts[key] = self._counts.get(key, 0) + by
@@ -135,6 +149,7 @@ class Metrics:
             due = loop.time() + LAG_SECONDS
             await asyncio.sleep(LAG_SECONDS)
             self._lag.observe(max(0.0, loop.time() - due))
+            self._settle()
 
     def snapshot(self) -> Snapshot:
         """Give every number as it is. May be asked from any thread: what the loop changes is copied first."""
@@ -153,6 +168,7 @@ class Metrics:
         for operation in sorted(_RUNS):
             running = sum(record.operation == operation and record.forwarded for record in live)
             rows["runs_in_flight"].append(((operation,), [running]))
+        rows["runs_abandoned"].append(((), [sum(record.goes_on for record in self._abandoned.copy())]))
         for source in self.sources:
             for name, labels_given, value in source():
                 rows[name].append((labels_given, [value]))

@@ -6,7 +6,9 @@ Nothing here decides, acts or imports a library; every other room may import thi
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
+
+from proxy.ends import End
 
 # ASGI 3.0 (asgi.readthedocs.io); values are open by specification.
 type Scope = MutableMapping[str, Any]
@@ -125,7 +127,7 @@ class Record:
     status: int = 0
     sent_bytes: int = 0
     first_byte_at: float | None = None
-    end: str = "done"
+    end: End = End.DONE
     code: str = ""
     reason: str = ""
     fault: str = ""
@@ -133,6 +135,8 @@ class Record:
     usage: Usage | None = None
     turns: int = 0
     """Whole messages of the assistant in the answer."""
+    goes_on: bool = False
+    """Whether its run goes on upstream though its client has left; `usage` and `turns` may still grow."""
     received_bytes: int = 0
     forwarded: bool = False
     """Whether the request was written for the sidecar; without it nothing ran."""
@@ -182,8 +186,36 @@ class Deadlines:
     total: float
 
 
+type ErrorDetail = Literal["safe", "log", "full"]
+"""What a client gets of an error line: a safe form; that, and a log line of the rest; the line itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRules:
+    """How answers flow; see `flowsettings`. Times are in seconds."""
+
+    heartbeat: float
+    max_line: int
+    error_detail: ErrorDetail
+    stop_on_disconnect: bool
+    stop_over_budget: bool
+
+
+class Lease(Protocol):
+    """What a request was admitted with; held until its run upstream has ended."""
+
+    fields: Headers
+    """The RateLimit fields of the answer."""
+
+    def charge(self, tokens: int, *, estimated: bool) -> bool:
+        """Charge model tokens; False: the budget is spent."""
+
+    def release(self) -> None:
+        """Give back what was held: the run upstream has ended. Asked again, does nothing; never blocks."""
+
+
 class Exchange(Protocol):
-    """One answer from upstream, its head read, its body still coming."""
+    """One answer from upstream, its body still coming."""
 
     @property
     def status(self) -> int:
@@ -197,11 +229,22 @@ class Exchange(Protocol):
     def ended(self) -> bool:
         """Whether the last byte has been read: the answer is whole."""
 
+    @property
+    def active(self) -> float:
+        """When something last came from upstream, or was read here; by the event loop's clock."""
+
+    async def head(self) -> bool:
+        """Wait until status and headers are known; False when `nudge` came first."""
+
     async def read(self) -> bytes:
         """Give the bytes that have arrived, at least one, or `b""` at the true end; then `ended` holds.
 
-        Raises an upstream Problem when the answer was cut, broke the framing or missed a deadline.
+        `b""` before the end: `nudge` was called. Raises an upstream Problem when the answer was cut, broke the
+        framing or missed a deadline. To cancel it changes nothing.
         """
+
+    def nudge(self) -> None:
+        """Let a waiting `head` or `read` return with nothing; does nothing when none waits."""
 
     def abandon(self, reason: Exception) -> None:
         """Close upstream at once; a waiting `read` raises `reason`."""
@@ -210,8 +253,8 @@ class Exchange(Protocol):
 class Upstream(Protocol):
     """Where requests are forwarded to."""
 
-    async def begin(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
-        """Send `request` and wait for the answer's head."""
+    async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
+        """Send `request`, and wait for nothing more; the exchange must be read to its end or abandoned."""
 
 
 class KeyStore(Protocol):

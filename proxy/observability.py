@@ -4,6 +4,7 @@ Runs for failed requests too. What is written down of one, and counted, is the w
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -11,6 +12,7 @@ from typing import Final
 from starlette.exceptions import HTTPException
 
 from proxy.accesslog import shortened
+from proxy.ends import End
 from proxy.errors import ClientProblem, MethodNotAllowed, NotFound, Problem
 from proxy.forwarding import request_id_of
 from proxy.logs import place_of
@@ -19,6 +21,7 @@ from proxy.outages import Draining
 
 error_log: Final = logging.getLogger("agentflow_proxy.error")
 _CLOSE_POLICY: Final = 1008
+_LAST_WORDS_SECONDS: Final = 1.0
 
 
 class Observability:
@@ -80,8 +83,10 @@ class Observability:
             error_log.error("request.failed", extra={"fields": fields})
             await self._answer(Problem(reason=type(error).__name__), scope, observed)
         except asyncio.CancelledError:  # the grace is over
-            await self._answer(Draining(reason="the grace is over"), scope, observed)
-            record.end = "shutdown"
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_SECONDS):  # a client that does not read is not waited for
+                    await self._answer(Draining(reason="the grace is over"), scope, observed)
+            record.end = End.SHUTDOWN
             raise
         finally:
             self._end(record)
@@ -91,7 +96,7 @@ class Observability:
         address = client_address(peer, [], trusted_hops=0)
         record = Record(self._new_id().encode(), self._clock(), address)
         record.status, record.sent_bytes, record.first_byte_at = ClientProblem.status, sent, record.started
-        record.end = record.code = ClientProblem.code
+        record.end, record.code = ClientProblem.end, ClientProblem.code
         record.reason, record.fault = reason, ClientProblem.fault
         for watcher in self._watchers:
             watcher.begin(record, [])
@@ -105,7 +110,7 @@ class Observability:
     async def _answer(self, problem: Problem, scope: Scope, send: Send) -> None:
         """Send the problem if nothing was sent yet; else leave the answer cut, which is what it is."""
         record: Record = scope[RECORD]
-        record.end = record.code = problem.code
+        record.end, record.code = problem.end, problem.code
         record.reason, record.fault = problem.reason, problem.fault
         if record.status:
             return

@@ -23,6 +23,8 @@ class OneAtATime(HttpToolsProtocol):
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
 
+    _was_closing = False
+
     def __init__(self, *args: Any, note_refusal: Callable[..., None] | None = None, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
@@ -52,6 +54,16 @@ class OneAtATime(HttpToolsProtocol):
         self.transport.close()
         if self._note_refusal is not None:
             self._note_refusal(self.client, reason=msg, sent=len(body))
+
+    def give_up_closing(self) -> None:
+        """Abort a connection that was closing already when this was called before: its client does not read.
+
+        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
+        """
+        if self.transport.is_closing():
+            if self._was_closing:
+                self.transport.abort()
+            self._was_closing = True
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

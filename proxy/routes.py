@@ -5,20 +5,36 @@ Holds no policy of its own; nothing is reachable that is not a row of the operat
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlencode
 
 from starlette.routing import Route
 
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
-from proxy.forwarding import client_query, request_upstream
-from proxy.limits import RateLimit
+from proxy.forwarding import client_query, request_upstream, stop_upstream
+from proxy.limits import NoLease, RateLimit
 from proxy.listing import Gathering, encode_listing, page_of, select
-from proxy.model import RECORD, App, Deadlines, Lifecycle, Principal, Receive, Record, Scope, Send, UpstreamRequest
-from proxy.operations import OPERATIONS, Kind, Operation, is_canonical
+from proxy.model import (
+    RECORD,
+    App,
+    Deadlines,
+    Lease,
+    Lifecycle,
+    Principal,
+    Receive,
+    Record,
+    Scope,
+    Send,
+    UpstreamRequest,
+)
+from proxy.negotiation import wish_of
+from proxy.operations import OPERATIONS, STREAM, Kind, Operation, is_canonical
 from proxy.relay import Relay, read_body
+from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
 from proxy.tokens import InternalIdentity
+from proxy.usage import reader_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,33 +59,35 @@ class Phases:
     run_deadlines: Deadlines
     query_deadlines: Deadlines
 
-    async def run(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def run(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run, then relay its answer."""
         raw = await self._read(scope, receive)
-        body, thread = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
-        request = self._upstream(permit, scope, body=body, thread=thread)
-        await self.relay.relay(request, self.run_deadlines, receive, send)
+        body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        request = self._upstream(permit, scope, body=body, thread_id=thread_id)
+        run = self._run(permit, thread_id, lease, scope)
+        await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
-    async def control(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind what acts on a thread, then relay its answer."""
         raw = await self._read(scope, receive)
-        body, _ = bind_control(raw, tag=tag)
+        body, thread_id = bind_control(raw, tag=tag)
         request = self._upstream(permit, scope, body=body)
-        await self.relay.relay(request, self.query_deadlines, receive, send)
+        self.relay.runs.note_stop(thread_id)
+        await self.relay.relay(request, self.query_deadlines, lease, receive, send)
 
-    async def thread(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def thread(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Bind the thread of the path, then relay the answer about it."""
         parameters = bind_parameters(scope["path_params"], tag)
         body = b"{}" if permit.operation.method == "DELETE" else b""  # the sidecar wants an object
         request = self._upstream(permit, scope, parameters=parameters, query=scope["query_string"], body=body)
-        await self.relay.relay(request, self.query_deadlines, receive, send)
+        await self.relay.relay(request, self.query_deadlines, lease, receive, send)
 
-    async def plain(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  one signature for all kinds
+    async def plain(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  one signature for all kinds
         """Relay the answer to what concerns no thread."""
         request = self._upstream(permit, scope)
-        await self.relay.relay(request, self.query_deadlines, receive, send)
+        await self.relay.relay(request, self.query_deadlines, lease, receive, send)
 
-    async def listing(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def listing(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  as above; it is released with the request
         """Gather the caller's own threads, and answer with the page of them that was asked for."""
         page = page_of(client_query(scope["query_string"], permit.operation.query))
         gathering = Gathering(tag)
@@ -96,11 +114,11 @@ class Phases:
         parameters: Mapping[str, str] | None = None,
         query: bytes = b"",
         body: bytes = b"",
-        thread: str = "",
+        thread_id: str = "",
     ) -> UpstreamRequest:
         record: Record = scope[RECORD]
         record.forwarded = True
-        traced = record.trace.forward(_span_attributes(permit.operation, thread)) if record.trace is not None else None
+        traced = record.trace.forward(_span_attributes(permit.operation, thread_id)) if record.trace else None
         return request_upstream(
             permit,
             parameters=parameters or {},
@@ -112,16 +130,27 @@ class Phases:
             traceparent=traced,
         )
 
+    def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
+        record: Record = scope[RECORD]
+        streams = permit.operation.scope == STREAM
+        spending = Spending(reader_for("stream" if streams else "answer"), lease, record)
+        stop = partial(self._stop, permit, thread_id, record.request_id)
+        return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 
-def _span_attributes(operation: Operation, thread: str) -> dict[str, str | int]:
-    """Name what a request to the sidecar is, in OpenTelemetry's words; a run is bound to a `thread`."""
+    def _stop(self, permit: Permit, thread_id: str, request_id: bytes) -> UpstreamRequest:
+        identity = self.identity.token(permit.principal)
+        return stop_upstream(permit, thread_id=thread_id, identity=identity, request_id=request_id)
+
+
+def _span_attributes(operation: Operation, thread_id: str) -> dict[str, str | int]:
+    """Name what a request to the sidecar is, in OpenTelemetry's words; a run has a thread."""
     told: dict[str, str | int] = {"http.request.method": operation.method, "url.template": operation.upstream}
-    if thread:
-        told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread}
+    if thread_id:
+        told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread_id}
     return told
 
 
-type Phase = Callable[[Permit, str, Scope, Receive, Send], Awaitable[None]]
+type Phase = Callable[[Permit, str, Lease, Scope, Receive, Send], Awaitable[None]]
 
 
 class Endpoint:
@@ -157,7 +186,7 @@ class Endpoint:
         record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
         if trace is not None:
             trace.mark("limit")
-        await self._perform(permit, tag, scope, receive, send)
+        await self._perform(permit, tag, NoLease(record.answer_fields), scope, receive, send)
 
 
 class CanonicalPaths:

@@ -16,6 +16,7 @@ from pydantic import (
     field_validator,
 )
 
+from proxy.flowsettings import FlowSettings
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.model import Deadlines, StoredKey
@@ -70,7 +71,7 @@ type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
-class Settings(TokenSettings, TelemetrySettings):
+class Settings(FlowSettings, TokenSettings, TelemetrySettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"

@@ -9,7 +9,9 @@
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `limits`          charges the caller's quota (`windows`), or refuses.
+5.  `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
+                      on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
+                      (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
@@ -26,6 +28,6 @@
 `logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;
 `exposition` serves them, for several workers from one `board`. `telemetry` begins what `telemetrysettings` ask for.
 `livecheck` asks everything that this proxy depends on how it is.
-`settings`, `tokensettings` and `flowsettings`, which `environment` reads, `app`, `openapi`, `server` (with
-`protocol`), `cli` and `dev` build the house and open the door.
+`settings`, `tokensettings`, `limitsettings` and `flowsettings`, which `environment` reads and `reload` reads again,
+`app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and `dev` build the house and open the door.
 """

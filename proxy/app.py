@@ -15,6 +15,7 @@ from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
 from proxy.accesslog import AccessLog
+from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -32,7 +33,7 @@ from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_
 from proxy.runs import Runs
 from proxy.settings import Settings
 from proxy.telemetry import Telemetry, connection_readings, limit_readings
-from proxy.tenancy import RunRules
+from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
 
@@ -85,10 +86,13 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
+    secret = thread_secret(settings)
+    limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
     runs = Runs(upstream, settings.flow_rules())
-    phases = _phases(settings, Relay(upstream, runs, settings.flow_rules()), clock)
-    operations = routes(phases)
-    app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
+    relay = Relay(upstream, runs, settings.flow_rules())
+    operations = routes(_phases(settings, limits, relay, clock))
+    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
+    app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
@@ -108,8 +112,9 @@ def create_app(
     app.middleware_stack = observability
     app.state.note_refusal = observability.note_refusal
     if telemetry.metrics is not None:
-        telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, phases.rate))
-    app.state.background = lambda: _background(keys, store, runs, telemetry)
+        telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, limits))
+    app.state.background = lambda: _background(keys, store, limits, runs, telemetry)
+    app.state.limits, app.state.keys = limits, keys
     return app
 
 
@@ -123,11 +128,11 @@ def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: 
 
 @asynccontextmanager
 async def _background(
-    keys: KeyCache, store: SqlKeyStore | None, runs: Runs, telemetry: Telemetry
+    keys: KeyCache, store: SqlKeyStore | None, limits: Limits, runs: Runs, telemetry: Telemetry
 ) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
-        async with telemetry.watching(), keys.watching():
+        async with telemetry.watching(), keys.watching(), limits.watching():
             yield
     finally:
         await runs.close(_LAST_STOPS_SECONDS)
@@ -141,15 +146,15 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, relay: Relay, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float]) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
-        rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
+        limits=limits,
         relay=relay,
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),
-        thread_secret=_thread_secret(settings),
+        thread_secret=thread_secret(settings),
         new_name=lambda: uuid.uuid4().hex,
         run_rules=RunRules(
             allow_system=settings.allow_system_messages,
@@ -192,7 +197,7 @@ def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier |
     return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
 
 
-def _thread_secret(settings: Settings) -> bytes:
+def thread_secret(settings: Settings) -> bytes:
     """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
     if settings.thread_secret is not None:
         return settings.thread_secret.get_secret_value().encode()

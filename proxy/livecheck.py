@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import httpx
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from proxy.issuers import Issuer
@@ -22,6 +21,7 @@ from proxy.keystore import SqlKeyStore
 from proxy.model import CredentialKind, Principal
 from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS
 from proxy.outages import KeyStoreDown
+from proxy.redisclient import connect, reason_of
 from proxy.settings import Settings
 from proxy.tokens import InternalIdentity
 
@@ -52,9 +52,8 @@ async def examine(settings: Settings, *, clock: Callable[[], float] = time.time)
     asked: list[tuple[str, Callable[[], Awaitable[list[Finding]]]]] = [("agent", partial(_agent, settings, clock))]
     if settings.database_url is not None:
         asked.append(("database", partial(_database, settings.database_url.get_secret_value())))
-    redis_url = getattr(settings, "redis_url", None)
-    if redis_url is not None:
-        asked.append(("redis", partial(_redis, redis_url.get_secret_value())))
+    if settings.redis_url is not None:
+        asked.append(("redis", partial(_redis, settings.redis_url.get_secret_value())))
     fetched = (issuer for issuer in settings.token_issuers() if issuer.url is not None)
     asked += ((f"issuer {issuer.rules.issuer}", partial(_issuer, issuer)) for issuer in fetched)
     if settings.otlp_url is not None:
@@ -201,11 +200,11 @@ async def _database(url: str) -> list[Finding]:
 
 
 async def _redis(url: str) -> list[Finding]:
-    client = Redis.from_url(url, socket_timeout=PATIENCE_SECONDS, socket_connect_timeout=PATIENCE_SECONDS)
+    client = connect(url)
     try:
         await client.ping()
     except (RedisError, OSError) as error:
-        raise Unanswered(f"does not answer: {type(error).__name__}") from error
+        raise Unanswered(f"does not answer: {reason_of(error)}") from error
     finally:
         await client.aclose()
     return [Finding("redis", "ok", "answers")]

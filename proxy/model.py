@@ -34,6 +34,7 @@ class Principal:
 
     `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
     `caller` is who is charged where that is not the namespace: a tenant's member, or who acts `on_behalf_of` a user.
+    `tenant` is the tenant's namespace, empty without one.
     `key_id` is the API key's, empty for a token; `rate` replaces the deployment's own, in its notation.
     """
 
@@ -46,6 +47,7 @@ class Principal:
     rate: str | None = None
     key_id: str = ""
     caller: str = ""
+    tenant: str = ""
     on_behalf_of: str | None = None
 
     @property
@@ -113,7 +115,8 @@ class Trace(Protocol):
 class Record:
     """What is known of one request so far; filled along its way, written as the access line at its end.
 
-    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out. Without a
+    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out. While the
+    run `goes_on` upstream without its client, its lease is held, and `usage` and `turns` may still grow. Without a
     method it was no request.
     """
 
@@ -136,7 +139,6 @@ class Record:
     turns: int = 0
     """Whole messages of the assistant in the answer."""
     goes_on: bool = False
-    """Whether its run goes on upstream though its client has left; `usage` and `turns` may still grow."""
     received_bytes: int = 0
     forwarded: bool = False
     """Whether the request was written for the sidecar; without it nothing ran."""
@@ -201,19 +203,6 @@ class FlowRules:
     stop_over_budget: bool
 
 
-class Lease(Protocol):
-    """What a request was admitted with; held until its run upstream has ended."""
-
-    fields: Headers
-    """The RateLimit fields of the answer."""
-
-    def charge(self, tokens: int, *, estimated: bool) -> bool:
-        """Charge model tokens; False: the budget is spent."""
-
-    def release(self) -> None:
-        """Give back what was held: the run upstream has ended. Asked again, does nothing; never blocks."""
-
-
 class Exchange(Protocol):
     """One answer from upstream, its body still coming."""
 
@@ -255,6 +244,19 @@ class Upstream(Protocol):
 
     async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
         """Send `request`, and wait for nothing more; the exchange must be read to its end or abandoned."""
+
+
+class Lease(Protocol):
+    """A request's admission, and the slots it holds until its run upstream has ended."""
+
+    fields: Headers
+    """The RateLimit fields of the answer."""
+
+    def charge(self, tokens: int, *, estimated: bool) -> bool:
+        """Charge model tokens that were used; give whether the budgets still have some left."""
+
+    def release(self) -> None:
+        """Free the slots: the run upstream has ended. Asked again, nothing; never blocks."""
 
 
 class KeyStore(Protocol):

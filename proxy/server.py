@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import partial
 from io import TextIOWrapper
@@ -22,10 +22,11 @@ from proxy import audit
 from proxy.app import create_app, make_pool
 from proxy.environment import SettingsError
 from proxy.keystore import SqlKeyStore
-from proxy.logs import JsonFormatter
+from proxy.logs import JsonFormatter, set_level
 from proxy.model import Lifecycle
 from proxy.outages import KeyStoreDown
 from proxy.protocol import OneAtATime
+from proxy.reload import Reload
 from proxy.settings import Settings
 from proxy.telemetry import Share, begin_telemetry
 from proxy.upstream import Pool
@@ -85,9 +86,11 @@ class Server(uvicorn.Server):
         pool: Pool,
         drain_delay: float,
         started: Callable[[], None] | None = None,
+        reload: Callable[[], None] | None = None,
         metrics: str | None = None,
     ) -> None:
         super().__init__(config)
+        self._reload = reload
         self._metrics = metrics
         self._background = background
         self._pool = pool
@@ -102,10 +105,12 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
+        if self._reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     @override
@@ -180,9 +185,16 @@ def require_schema(url: str) -> None:
         raise SettingsError([MIGRATE_FIRST])
 
 
-def build(settings: Settings, *, started: Callable[[], None] | None = None, share: Share | None = None) -> Server:
+def build(
+    settings: Settings,
+    *,
+    started: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+    share: Share | None = None,
+) -> Server:
     """Build the server for `settings`. Raises SettingsError for what can only be known by trying.
 
+    With the `environment` that the settings come from, SIGHUP reads it again.
     `share` is what one of several workers has in common with the others, where there are metrics.
     """
     configure_audit(settings.audit_file)
@@ -197,6 +209,10 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None, shar
         fault = f"PROXY_METRICS_HOST, PROXY_METRICS_PORT: {address} cannot be used: {error.strerror}"
         raise SettingsError([fault]) from error
     app = create_app(settings, upstream=pool, lifecycle=lifecycle, telemetry=telemetry)
+    reload = None
+    if environment is not None:
+        limits, keys = app.state.limits, app.state.keys
+        reload = Reload(settings, environment, limits=limits, keys=keys, set_level=set_level)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -217,5 +233,6 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None, shar
         pool=pool,
         drain_delay=settings.drain_delay_seconds,
         started=started,
+        reload=reload,
         metrics=telemetry.server.address if telemetry.server is not None else None,
     )

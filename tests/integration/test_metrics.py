@@ -21,7 +21,11 @@ from tests.support.proxy import Proxy, start_proxy, stop_proxy
 ROOT = Path(__file__).parents[2]
 SECRET = "s" * 48
 """What the proxy shares with the sidecar."""
-ANSWER = json.dumps({"data": {"messages": [], "meta": {"thread_id": "t"}}, "metadata": {}}).encode()
+MESSAGE = {
+    "message_id": "m", "role": "assistant", "content": [{"type": "text", "text": "hi"}],
+    "usages": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12},
+}  # fmt: skip
+ANSWER = json.dumps({"data": {"messages": [MESSAGE], "meta": {"thread_id": "t"}}, "metadata": {}}).encode()
 NAME = re.compile(r"\b(?:agent_proxy|process)_[a-z0-9_]+")
 
 type Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -98,6 +102,7 @@ def test_every_kind_of_request_is_counted(house: House) -> None:
     assert requests("none", "POST", "401", "none") == 1
     assert requests("none", "other", "400", "none") == 1
     assert requests("ping", "GET", "429", "jwt") >= 1
+    assert value(samples, "limit_decisions_total", policy="requests", outcome="refused") >= 1
     assert value(samples, "runs_total", operation="invoke", end="done") == 3
     assert value(samples, "stream_end_total", reason="done") == 1
     assert value(samples, "problems_total", code="rate_exceeded", fault="client") >= 1
@@ -115,11 +120,23 @@ def test_times_and_bytes_are_measured(house: House) -> None:
     assert value(samples, "sent_bytes_total", operation="stream") > 0
 
 
+def test_what_runs_have_used_is_counted(house: House) -> None:
+    """Tokens as the agent reported them, and the assistant's messages."""
+    samples, _ = scrape(house.proxy.metrics_url)
+
+    def tokens(direction: str) -> float:
+        return value(samples, "model_tokens_total", operation="invoke", direction=direction, estimated="false")
+
+    assert (tokens("input"), tokens("output")) == (21, 15)
+    assert value(samples, "turns_total", operation="invoke") == 3
+
+
 def test_the_state_of_the_process_is_told(house: House) -> None:
     """Gauges say how it is now; nothing is in flight any more."""
     samples, _ = scrape(house.proxy.metrics_url)
 
     assert [value(samples, name) for name in ("ready", "key_store_up", "workers")] == [1, 1, 1]
+    assert value(samples, "limiter_degraded") == 0
     assert [value(samples, name) for name in ("requests_in_flight", "streams_active", "log_lines_dropped_total")] == [
         0
     ] * 3

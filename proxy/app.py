@@ -7,7 +7,7 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, override
 
 from fastapi import FastAPI
@@ -25,7 +25,9 @@ from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.metrics import Reading
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
+from proxy.notices import Notices
 from proxy.observability import Observability
+from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
@@ -86,11 +88,12 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
+    overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
     runs = Runs(upstream, settings.flow_rules())
     relay = Relay(upstream, runs, settings.flow_rules())
-    operations = routes(_phases(settings, limits, relay, clock))
+    operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
     app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
@@ -113,7 +116,7 @@ def create_app(
     app.state.note_refusal = observability.note_refusal
     if telemetry.metrics is not None:
         telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, limits))
-    app.state.background = lambda: _background(keys, store, limits, runs, telemetry)
+    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs, telemetry)
     app.state.limits, app.state.keys = limits, keys
     return app
 
@@ -128,16 +131,30 @@ def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: 
 
 @asynccontextmanager
 async def _background(
-    keys: KeyCache, store: SqlKeyStore | None, limits: Limits, runs: Runs, telemetry: Telemetry
+    settings: Settings,
+    keys: KeyCache,
+    store: SqlKeyStore | None,
+    limits: Limits,
+    overload: Overload,
+    runs: Runs,
+    telemetry: Telemetry,
 ) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
+    listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
-        async with telemetry.watching(), keys.watching(), limits.watching():
+        async with telemetry.watching(), overload.watching(), keys.watching(), listening, limits.watching():
             yield
     finally:
         await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
+
+
+def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
+    """Hear of changed keys at once where there is Redis to hear it from."""
+    if settings.redis_url is None:
+        return nullcontext()
+    return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
 def _lack(settings: Settings, keys: KeyCache) -> str:
@@ -146,9 +163,10 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float], overload: Overload) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
+        overload=overload,
         limits=limits,
         relay=relay,
         identity=InternalIdentity(

@@ -11,7 +11,8 @@
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
 5.  `limits`          charges the caller's quota (`windows`), or refuses.
 6.  `relay`           reads the body, bounded in size and time.
-7.  `tenancy`         binds the thread ids in it to the principal.
+7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
+                      the `handles` of the principal's files.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it.
@@ -19,6 +20,6 @@
 
 `listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings` and `tokensettings`, which `environment` reads, `app`, `openapi`, `server` (with `protocol`), `cli` and `dev`
-build the house and open the door.
+`settings`, `tokensettings` and `exchangesettings`, which `environment` reads, `app`, `openapi`, `server` (with `protocol`),
+`cli` and `dev` build the house and open the door.
 """

@@ -109,18 +109,21 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
 
 def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
+    thread_secret = _thread_secret(settings)
     return Phases(
         rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
         relay=Relay(upstream),
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),
-        thread_secret=_thread_secret(settings),
+        thread_secret=thread_secret,
         new_name=lambda: uuid.uuid4().hex,
         run_rules=RunRules(
             allow_system=settings.allow_system_messages,
             max_recursion=settings.max_recursion_limit,
             standing_thread=settings.default_thread == "standing",
+            allow_client_tools=settings.allow_client_tools,
+            file_secret=hmac.digest(thread_secret, b"agentflow-proxy/file-handle", "sha256"),
         ),
         body_rules=BodyRules(settings.max_body_bytes, settings.body_timeout_seconds),
         run_deadlines=settings.run_deadlines(),

@@ -13,6 +13,8 @@ class Kind(StrEnum):
 
     RUN = "run"
     """A body with messages; thread id in `config`; the answer is relayed."""
+    AG_UI = "ag-ui"
+    """A run in AG-UI's own form, `threadId` at its top; the answer is relayed."""
     CONTROL = "control"
     """A body with a thread id at its top; the answer is relayed."""
     THREAD = "thread"
@@ -61,6 +63,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation("stream", "POST", "/agent/stream", f"{_V1}/stream", STREAM, Kind.RUN, "Run the agent, answer as it comes"),
     Operation("invoke", "POST", f"/agent{_V1}/invoke", f"{_V1}/invoke", INVOKE, Kind.RUN, "The sidecar's own path of invoke"),
     Operation("stream", "POST", f"/agent{_V1}/stream", f"{_V1}/stream", STREAM, Kind.RUN, "The sidecar's own path of stream"),
+    Operation("ag-ui", "POST", "/agent/v1/ag-ui", "/v1/ag-ui", STREAM, Kind.AG_UI, "Run the agent over AG-UI, answer as it comes"),
     Operation("stop", "POST", f"/agent{_V1}/stop", f"{_V1}/stop", STOP, Kind.CONTROL, "Stop a thread's run"),
     Operation("threads.list", "GET", "/agent/v1/threads", "/v1/threads", READ, Kind.LISTING, "List one's threads", PAGING),
     Operation("threads.get", "GET", f"/agent{_THREAD}", _THREAD, READ, Kind.THREAD, "Read a thread"),
@@ -91,7 +94,6 @@ NOT_EXPOSED_PREFIXES: Final[dict[str, str]] = {
     "/v1/files": "uploads need a relay that streams request bodies",
     "/v1/config": "describes the deployment",
     "/v1/evals": "an operator's tool",
-    "/v1/ag-ui": "needs its own binding of threadId",
 }
 
 

@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 from starlette.routing import Route
 
+from proxy.agui import bind_ag_ui
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream
@@ -47,6 +48,13 @@ class Phases:
         """Read and bind a run, then relay its answer."""
         raw = await self._read(scope, receive)
         body, _ = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        request = self._upstream(permit, scope, body=body)
+        await self.relay.relay(request, self.run_deadlines, receive, send)
+
+    async def ag_ui(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read and bind a run in AG-UI's form, then relay its answer, which is server-sent events already."""
+        raw = await self._read(scope, receive)
+        body, _ = bind_ag_ui(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body)
         await self.relay.relay(request, self.run_deadlines, receive, send)
 
@@ -117,6 +125,7 @@ class Endpoint:
         self._phases = phases
         kinds: dict[Kind, Phase] = {
             Kind.RUN: phases.run,
+            Kind.AG_UI: phases.ag_ui,
             Kind.CONTROL: phases.control,
             Kind.THREAD: phases.thread,
             Kind.LISTING: phases.listing,

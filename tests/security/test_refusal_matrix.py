@@ -524,7 +524,9 @@ def test_the_rightful_caller_gets_through(house: House, row: Operation, kind: st
         "scheme in capitals": [("authorization", f"BEARER {house.token()}")],
     }
     target = f"http://proxy.test{path_of(row)}" if kind == "absolute" else path_of(row)
-    body = b'{"thread_id":"support-42"}' if row.name == "stop" else b'{"text":"hi"}'
+    body = {"stop": b'{"thread_id":"support-42"}', "ag-ui": b'{"threadId":"support-42"}'}.get(
+        row.name, b'{"text":"hi"}'
+    )
     framing: Fields = [("Content-Length", str(len(body))), ("Content-Type", "application/json")]
     before = len(house.stub.requests)
 

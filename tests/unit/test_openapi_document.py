@@ -1,16 +1,23 @@
 """The OpenAPI page: valid in shape, and the whole table is on it."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
 import pytest
 
+from proxy.agui import bind_ag_ui
 from proxy.openapi import describe
 from proxy.operations import OPERATIONS, Kind, Operation
 from proxy.tenancy import RunRules, bind_control, bind_run
 
 ROWS = pytest.mark.parametrize("row", OPERATIONS, ids=lambda row: f"{row.method} {row.path}")
+BINDINGS: dict[Kind, Callable[[bytes, RunRules], tuple[bytes, str]]] = {
+    Kind.RUN: lambda raw, rules: bind_run(raw, tag="t", rules=rules, new_name=lambda: "new"),
+    Kind.AG_UI: lambda raw, rules: bind_ag_ui(raw, tag="t", rules=rules, new_name=lambda: "new"),
+    Kind.CONTROL: lambda raw, rules: bind_control(raw, tag="t"),
+}
 MEDIA = {
     "type": "object",
     "additionalProperties": {
@@ -133,10 +140,10 @@ def test_every_row_is_there(row: Operation) -> None:
     in_path = {each["name"] for each in page["parameters"] if each["in"] == "path"}
     assert in_path == {part[1:-1] for part in row.path.split("/") if part.startswith("{")}
     assert {each["name"] for each in page["parameters"] if each["in"] == "query"} == row.query
-    media = "text/event-stream" if row.name == "stream" else "application/json"
+    media = "text/event-stream" if row.name in ("stream", "ag-ui") else "application/json"
     assert list(page["responses"]["200"]["content"]) == [media]
-    assert ("requestBody" in page) == (row.kind in (Kind.RUN, Kind.CONTROL))
-    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"])
+    assert ("requestBody" in page) == (row.kind in BINDINGS)
+    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"], ["ag-ui"])
 
 
 def test_nothing_else_is_there() -> None:
@@ -186,15 +193,10 @@ def test_the_examples_work(row: Operation) -> None:
     examples = content.get("application/json", {}).get("examples", {})
     rules = RunRules(allow_system=False, max_recursion=50, standing_thread=False)
 
-    bound = [
-        bind_run(json.dumps(example["value"]).encode(), tag="t", rules=rules, new_name=lambda: "new")[1]
-        if row.kind is Kind.RUN
-        else bind_control(json.dumps(example["value"]).encode(), tag="t")[1]
-        for example in examples.values()
-    ]
+    bound = [BINDINGS[row.kind](json.dumps(example["value"]).encode(), rules)[1] for example in examples.values()]
 
     assert bound == ["t~support-42"] * len(examples)
-    assert len(examples) == {Kind.RUN: 2, Kind.CONTROL: 1}.get(row.kind, 0)
+    assert len(examples) == {Kind.RUN: 2, Kind.AG_UI: 1, Kind.CONTROL: 1}.get(row.kind, 0)
 
 
 def test_the_documents_are_equal_and_apart() -> None:

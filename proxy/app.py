@@ -16,6 +16,7 @@ from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from proxy import openapi
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
+from proxy.filing import Filing
 from proxy.issuers import Issuer
 from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
@@ -30,6 +31,7 @@ from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_
 from proxy.settings import Settings
 from proxy.tenancy import RunRules
 from proxy.tokens import InternalIdentity, TokenVerifier
+from proxy.uploads import UploadRules, Uploads
 from proxy.upstream import Pool
 
 
@@ -108,14 +110,20 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
 
 
 def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
-    agent_secret = settings.agent_secret.get_secret_value()
+    identity = InternalIdentity(
+        settings.agent_secret.get_secret_value(),
+        issuer=settings.agent_issuer,
+        audience=settings.agent_audience,
+        clock=clock,
+    )
     thread_secret = _thread_secret(settings)
+    relay = Relay(upstream)
+    file_secret = hmac.digest(thread_secret, b"agentflow-proxy/file-handle", "sha256")
+    filing = Filing(relay, _uploads(settings), identity, file_secret, settings.query_deadlines())
     return Phases(
         rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
-        relay=Relay(upstream),
-        identity=InternalIdentity(
-            agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
-        ),
+        relay=relay,
+        identity=identity,
         thread_secret=thread_secret,
         new_name=lambda: uuid.uuid4().hex,
         run_rules=RunRules(
@@ -123,12 +131,23 @@ def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) 
             max_recursion=settings.max_recursion_limit,
             standing_thread=settings.default_thread == "standing",
             allow_client_tools=settings.allow_client_tools,
-            file_secret=hmac.digest(thread_secret, b"agentflow-proxy/file-handle", "sha256"),
+            file_secret=file_secret,
         ),
         body_rules=BodyRules(settings.max_body_bytes, settings.body_timeout_seconds),
         run_deadlines=settings.run_deadlines(),
         query_deadlines=settings.query_deadlines(),
+        others=filing.phases(),
     )
+
+
+def _uploads(settings: Settings) -> Uploads:
+    rules = UploadRules(
+        most=settings.max_upload_bytes,
+        seconds=settings.upload_timeout_seconds,
+        at_once=settings.uploads_at_once,
+        connect=settings.connect_timeout_seconds,
+    )
+    return Uploads(settings.agent_url, rules)
 
 
 def make_pool(settings: Settings) -> Pool:

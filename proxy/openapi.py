@@ -36,6 +36,12 @@ _AG_UI_EXAMPLES: Final = {
 }
 _CONTROL_EXAMPLES: Final = {"stop": {"summary": "Stop a run", "value": {"thread_id": "support-42"}}}
 _EXAMPLES_OF: Final = {Kind.RUN: _EXAMPLES, Kind.AG_UI: _AG_UI_EXAMPLES, Kind.CONTROL: _CONTROL_EXAMPLES}
+_FORM: Final = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {"file": {"type": "string", "contentMediaType": "application/octet-stream"}},
+}
+_MEDIA: Final = {"stream": "text/event-stream", "ag-ui": "text/event-stream", "files.get": "*/*"}
 _NAMED: Final = {0x2F: "_", 0x2D: "_", 0x7B: None, 0x7D: None}
 _PROBLEM: Final = {
     "type": "object",
@@ -110,12 +116,16 @@ def _operation(row: Operation) -> dict[str, Any]:
     if examples is not None:
         content = {"application/json": {"schema": {"type": "object"}, "examples": examples}}
         described["requestBody"] = {"required": True, "content": content}
+    if row.kind is Kind.UPLOAD:
+        described["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
     return described
 
 
 def _tag(row: Operation) -> str:
     if row.kind is Kind.AG_UI:
         return "ag-ui"
+    if row.path.startswith("/agent/v1/files"):
+        return "files"
     return row.path.split("/")[2] if row.kind in (Kind.RUN, Kind.PLAIN) else "threads"
 
 
@@ -133,7 +143,7 @@ def _query_parameters(row: Operation) -> list[dict[str, Any]]:
 
 
 def _answer(row: Operation) -> dict[str, Any]:
-    media = "text/event-stream" if row.name in ("stream", "ag-ui") else "application/json"
+    media = _MEDIA.get(row.name, "application/json")
     return {"description": "The agent's answer, byte for byte", "content": {media: {"schema": {}}}}
 
 

@@ -21,6 +21,12 @@ class Kind(StrEnum):
     """No body of the caller's; thread id in the path; the answer is relayed."""
     LISTING = "listing"
     """The caller's own threads, filtered here."""
+    UPLOAD = "upload"
+    """A form with a file, passed on as it comes; the answer tells the file's handle."""
+    FILE = "file"
+    """No body; the handle of a file in the path; the answer is relayed."""
+    FILE_FACTS = "file-facts"
+    """The same; the answer tells the handle again."""
     PLAIN = "plain"
     """No thread at all."""
 
@@ -46,16 +52,19 @@ STOP: Final = "agent:stop"
 READ: Final = "threads:read"
 DELETE: Final = "threads:delete"
 PING: Final = "agent:ping"
+FILES_READ: Final = "files:read"
+FILES_WRITE: Final = "files:write"
 
 IMPERSONATE: Final = "agent:impersonate"
 """Of no operation: lets a service act for its users (X-On-Behalf-Of)."""
 
-USUAL_SCOPES: Final = frozenset({INVOKE, STREAM, STOP, READ, DELETE, PING})
+USUAL_SCOPES: Final = frozenset({INVOKE, STREAM, STOP, READ, DELETE, PING, FILES_READ, FILES_WRITE})
 """What a credential gets that nobody chose scopes for."""
 SCOPES: Final = USUAL_SCOPES | {IMPERSONATE}
 PAGING: Final = frozenset({"search", "offset", "limit"})
 
 _V1: Final = "/v1/graph"
+_FILE: Final = "/v1/files/{file_id}"
 _THREAD: Final = "/v1/threads/{thread_id}"
 
 OPERATIONS: Final[tuple[Operation, ...]] = (
@@ -73,6 +82,10 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
               "Read a thread's messages", PAGING),
     Operation("threads.message", "GET", f"/agent{_THREAD}/messages/{{message_id}}", f"{_THREAD}/messages/{{message_id}}",
               READ, Kind.THREAD, "Read one message"),
+    Operation("files.upload", "POST", "/agent/v1/files/upload", "/v1/files/upload", FILES_WRITE, Kind.UPLOAD, "Upload a file"),
+    Operation("files.get", "GET", f"/agent{_FILE}", _FILE, FILES_READ, Kind.FILE, "Read one's file"),
+    Operation("files.info", "GET", f"/agent{_FILE}/info", f"{_FILE}/info", FILES_READ, Kind.FILE_FACTS, "Read a file's facts"),
+    Operation("files.url", "GET", f"/agent{_FILE}/url", f"{_FILE}/url", FILES_READ, Kind.FILE_FACTS, "Read where a file is had"),
     Operation("ping", "GET", "/agent/ping", "/ping", PING, Kind.PLAIN, "Ask the sidecar for a sign of life"),
 )  # fmt: skip
 
@@ -91,7 +104,6 @@ NOT_EXPOSED: Final[dict[tuple[str, str], str]] = {
 
 NOT_EXPOSED_PREFIXES: Final[dict[str, str]] = {
     "/v1/store": "memories are shared between users of one deployment",
-    "/v1/files": "uploads need a relay that streams request bodies",
     "/v1/config": "describes the deployment",
     "/v1/evals": "an operator's tool",
 }

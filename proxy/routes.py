@@ -43,6 +43,8 @@ class Phases:
     body_rules: BodyRules
     run_deadlines: Deadlines
     query_deadlines: Deadlines
+    others: Mapping[Kind, "Phase"]
+    """The phases of the kinds that have none here."""
 
     async def run(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run, then relay its answer."""
@@ -123,7 +125,7 @@ class Endpoint:
     def __init__(self, operation: Operation, phases: Phases) -> None:
         self._operation = operation
         self._phases = phases
-        kinds: dict[Kind, Phase] = {
+        kinds: Mapping[Kind, Phase] = {
             Kind.RUN: phases.run,
             Kind.AG_UI: phases.ag_ui,
             Kind.CONTROL: phases.control,
@@ -131,7 +133,7 @@ class Endpoint:
             Kind.LISTING: phases.listing,
             Kind.PLAIN: phases.plain,
         }
-        self._perform = kinds[operation.kind]
+        self._perform = {**kinds, **phases.others}[operation.kind]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope[RECORD]

@@ -140,10 +140,10 @@ def test_every_row_is_there(row: Operation) -> None:
     in_path = {each["name"] for each in page["parameters"] if each["in"] == "path"}
     assert in_path == {part[1:-1] for part in row.path.split("/") if part.startswith("{")}
     assert {each["name"] for each in page["parameters"] if each["in"] == "query"} == row.query
-    media = "text/event-stream" if row.name in ("stream", "ag-ui") else "application/json"
-    assert list(page["responses"]["200"]["content"]) == [media]
-    assert ("requestBody" in page) == (row.kind in BINDINGS)
-    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"], ["ag-ui"])
+    media = {"stream": "text/event-stream", "ag-ui": "text/event-stream", "files.get": "*/*"}
+    assert list(page["responses"]["200"]["content"]) == [media.get(row.name, "application/json")]
+    assert ("requestBody" in page) == (row.method == "POST")
+    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"], ["ag-ui"], ["files"])
 
 
 def test_nothing_else_is_there() -> None:

@@ -56,7 +56,8 @@ def test_the_kind_of_a_row_is_how_its_thread_is_bound(row: Operation) -> None:
     in_path = "thread_id" in names_in(row.path)
 
     assert in_path == (row.kind is Kind.THREAD)
-    assert (row.method == "POST") == (row.kind in (Kind.RUN, Kind.AG_UI, Kind.CONTROL))
+    assert ("file_id" in names_in(row.path)) == (row.kind in (Kind.FILE, Kind.FILE_FACTS))
+    assert (row.method == "POST") == (row.kind in (Kind.RUN, Kind.AG_UI, Kind.CONTROL, Kind.UPLOAD))
     assert (row.kind is Kind.LISTING) == (row.upstream == "/v1/threads")
     assert (row.kind is Kind.PLAIN) == (row.upstream == "/ping")
 
@@ -97,7 +98,7 @@ def test_deleting_and_stopping_need_scopes_of_their_own(row: Operation) -> None:
 
     if row.scope == STREAM:
         assert sharing == {"stream", "ag-ui"}  # one right, in whichever protocol
-    elif row.name in {"invoke", "stop", "threads.delete", "ping"}:
+    elif row.name in {"invoke", "stop", "threads.delete", "files.upload", "ping"}:
         assert sharing == {row.name}
     else:
         assert row.method == "GET"

@@ -105,7 +105,7 @@ async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerat
 
 def _lack(settings: Settings, keys: KeyCache) -> str:
     """Name what is down when nobody at all could be let in; empty while somebody can."""
-    others = settings.jwt_secret is not None or settings.api_keys
+    others = settings.jwt_secret is not None or settings.issuers_file or settings.api_keys
     return "key_store_down" if keys.is_lost and not others else ""
 
 

@@ -19,7 +19,9 @@
 11. `observability`   writes the access line.
 
 `listing` filters the one answer that is not passed on as it came. `filing` has the phases of files, and `uploads` sends
-their bytes upstream. `model`, `errors` and `outages` hold what travels;
+their bytes upstream; `duplex` relays WebSockets, on which two
+ends have a `conversation` whose messages `frames` binds.
+`model`, `errors` and `outages` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
 `settings`, `tokensettings` and `exchangesettings`, which `environment` reads, `app`, `openapi`, `server` (with
 `protocol`), `cli` and `dev` build the house and open the door.

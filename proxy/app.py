@@ -16,6 +16,7 @@ from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 from proxy import openapi
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
+from proxy.duplex import Duplex, DuplexRules
 from proxy.filing import Filing
 from proxy.issuers import Issuer
 from proxy.jwks import Fetcher, FetchRules, RemoteKeys
@@ -120,24 +121,49 @@ def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) 
     relay = Relay(upstream)
     file_secret = hmac.digest(thread_secret, b"agentflow-proxy/file-handle", "sha256")
     filing = Filing(relay, _uploads(settings), identity, file_secret, settings.query_deadlines())
+    rate = RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers)
+    run_rules = RunRules(
+        allow_system=settings.allow_system_messages,
+        max_recursion=settings.max_recursion_limit,
+        standing_thread=settings.default_thread == "standing",
+        allow_client_tools=settings.allow_client_tools,
+        file_secret=file_secret,
+    )
+    duplex = Duplex(
+        settings.agent_url,
+        _duplex_rules(settings),
+        identity=identity,
+        rate=rate,
+        run_rules=run_rules,
+        thread_secret=thread_secret,
+        new_name=_new_name,
+    )
     return Phases(
-        rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
+        rate=rate,
         relay=relay,
         identity=identity,
         thread_secret=thread_secret,
-        new_name=lambda: uuid.uuid4().hex,
-        run_rules=RunRules(
-            allow_system=settings.allow_system_messages,
-            max_recursion=settings.max_recursion_limit,
-            standing_thread=settings.default_thread == "standing",
-            allow_client_tools=settings.allow_client_tools,
-            file_secret=file_secret,
-        ),
+        new_name=_new_name,
+        run_rules=run_rules,
         body_rules=BodyRules(settings.max_body_bytes, settings.body_timeout_seconds),
         run_deadlines=settings.run_deadlines(),
         query_deadlines=settings.query_deadlines(),
-        others=filing.phases(),
+        others={**filing.phases(), **duplex.phases()},
     )
+
+
+def _duplex_rules(settings: Settings) -> DuplexRules:
+    return DuplexRules(
+        connect=settings.connect_timeout_seconds,
+        handshake=settings.query_timeout_seconds,
+        idle=settings.websocket_idle_seconds,
+        total=settings.websocket_total_seconds,
+        at_once=settings.websockets_at_once,
+    )
+
+
+def _new_name() -> str:
+    return uuid.uuid4().hex
 
 
 def _uploads(settings: Settings) -> Uploads:

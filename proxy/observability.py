@@ -19,7 +19,6 @@ from proxy.outages import Draining
 
 access_log: Final = logging.getLogger("agentflow_proxy.access")
 error_log: Final = logging.getLogger("agentflow_proxy.error")
-_CLOSE_POLICY: Final = 1008
 
 
 class Observability:
@@ -40,7 +39,8 @@ class Observability:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": _CLOSE_POLICY})  # no row of the table is one
+            scope["method"] = "GET"  # RFC 6455 §4.1
+            await self._observe(scope, receive, _answering_handshakes(send))
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
         else:
@@ -60,10 +60,13 @@ class Observability:
                     (b"x-request-id", request_id),
                     *record.answer_fields,
                 ]
-            elif message["body"]:
+            elif body := message.get("body") or message.get("text") or message.get("bytes"):
                 if record.first_byte_at is None:
                     record.first_byte_at = self._clock()
-                record.sent_bytes += len(message["body"])
+                record.sent_bytes += len(body)
+            elif message["type"] == "websocket.accept":
+                record.status = 101
+                message["headers"] = [(b"x-request-id", request_id), *record.answer_fields]
             await send(message)
 
         try:
@@ -124,6 +127,17 @@ class Observability:
         if record.fault:
             fields |= {"fault": record.fault, "reason": record.reason}
         access_log.info("request.finished", extra={"fields": fields})
+
+
+def _answering_handshakes(send: Send) -> Send:
+    """Give a `send` that takes a response for the answer to a WebSocket's handshake (ASGI's extension for it)."""
+
+    async def answering(message: Message) -> None:
+        if message["type"].startswith("http."):
+            message["type"] = f"websocket.{message['type']}"
+        await send(message)
+
+    return answering
 
 
 def client_address(peer: tuple[str, int] | None, headers: Headers, *, trusted_hops: int) -> str:

@@ -108,7 +108,7 @@ def _operation(row: Operation) -> dict[str, Any]:
         "tags": [_tag(row)],
         "parameters": [*_path_parameters(row), *_query_parameters(row)],
         "responses": {
-            "200": _answer(row),
+            **({"101": {"description": "The WebSocket is open"}} if row.kind is Kind.DUPLEX else {"200": _answer(row)}),
             **{str(status): _refusal(text) for status, text in _REFUSALS.items()},
         },
     }
@@ -122,8 +122,8 @@ def _operation(row: Operation) -> dict[str, Any]:
 
 
 def _tag(row: Operation) -> str:
-    if row.kind is Kind.AG_UI:
-        return "ag-ui"
+    if row.kind in (Kind.AG_UI, Kind.DUPLEX):
+        return row.name
     if row.path.startswith("/agent/v1/files"):
         return "files"
     return row.path.split("/")[2] if row.kind in (Kind.RUN, Kind.PLAIN) else "threads"

@@ -19,6 +19,8 @@ class Kind(StrEnum):
     """A body with a thread id at its top; the answer is relayed."""
     THREAD = "thread"
     """No body of the caller's; thread id in the path; the answer is relayed."""
+    DUPLEX = "duplex"
+    """A WebSocket; each message of the client's is a run, bound like a run's body."""
     LISTING = "listing"
     """The caller's own threads, filtered here."""
     UPLOAD = "upload"
@@ -73,6 +75,7 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation("invoke", "POST", f"/agent{_V1}/invoke", f"{_V1}/invoke", INVOKE, Kind.RUN, "The sidecar's own path of invoke"),
     Operation("stream", "POST", f"/agent{_V1}/stream", f"{_V1}/stream", STREAM, Kind.RUN, "The sidecar's own path of stream"),
     Operation("ag-ui", "POST", "/agent/v1/ag-ui", "/v1/ag-ui", STREAM, Kind.AG_UI, "Run the agent over AG-UI, answer as it comes"),
+    Operation("ws", "GET", f"/agent{_V1}/ws", f"{_V1}/ws", STREAM, Kind.DUPLEX, "Run the agent over a WebSocket"),
     Operation("stop", "POST", f"/agent{_V1}/stop", f"{_V1}/stop", STOP, Kind.CONTROL, "Stop a thread's run"),
     Operation("threads.list", "GET", "/agent/v1/threads", "/v1/threads", READ, Kind.LISTING, "List one's threads", PAGING),
     Operation("threads.get", "GET", f"/agent{_THREAD}", _THREAD, READ, Kind.THREAD, "Read a thread"),
@@ -103,6 +106,7 @@ NOT_EXPOSED: Final[dict[tuple[str, str], str]] = {
 """The sidecar's other routes by method and path, each with the reason it has no row. Families follow."""
 
 NOT_EXPOSED_PREFIXES: Final[dict[str, str]] = {
+    "/v1/graph/live": "audio both ways, whose frames name nothing that could be bound or counted",
     "/v1/store": "memories are shared between users of one deployment",
     "/v1/config": "describes the deployment",
     "/v1/evals": "an operator's tool",

@@ -26,14 +26,18 @@ from proxy.keystore import SqlKeyStore
 from proxy.model import Lifecycle
 from proxy.observability import place_of
 from proxy.outages import KeyStoreDown
-from proxy.protocol import OneAtATime
+from proxy.protocol import Conversation, OneAtATime
 from proxy.settings import Settings
 from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
-_EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
+_EXPECTED: Final = (
+    "ASGI callable returned without completing response.",
+    "ASGI callable returned without completing handshake.",
+    "Exception in ASGI application\n",
+)
 
 
 MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
@@ -81,6 +85,7 @@ def configure_logging(level: str, stream: TextIO) -> None:
     root.setLevel(level.upper())
     server = logging.getLogger("uvicorn.error")
     server.setLevel(max(logging.WARNING, root.level))
+    logging.getLogger("websockets").setLevel(logging.WARNING)  # further down it tells headers and what is said
     # A cut answer is left cut on purpose; its access line says why.
     server.addFilter(lambda record: record.msg not in _EXPECTED)
 
@@ -208,7 +213,9 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         app,
         loop="uvloop",
         http=OneAtATime,
-        ws="none",
+        ws=Conversation,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # a bomb to unpack, and 64 KiB of window for each connection
         lifespan="off",
         access_log=False,
         log_config=None,

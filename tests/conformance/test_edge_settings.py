@@ -132,7 +132,7 @@ def test_edge_exposes_what_the_proxy_serves(directives: list[dict[str, Any]]) ->
         if each["directive"] == "location" and any(line["directive"] == "proxy_pass" for line in each["block"])
     }
 
-    assert handed_on == {*PUBLIC, "/agent/"}
+    assert handed_on == {*PUBLIC, "/agent/", "/agent/v1/files/upload"}
 
 
 def test_edge_and_containers_agree_on_addresses(directives: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ import jwt
 import pytest
 
 from proxy.credentials import make_key
-from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS, SCOPES, Operation
+from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS, SCOPES, Kind, Operation
 from tests.security.wire import Answer, Stub, exchange, head, json_answer, stub_upstream
 from tests.support.principals import Principals
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
@@ -554,8 +554,12 @@ def test_the_rightful_caller_gets_through(house: House, row: Operation, kind: st
     framing: Fields = [("Content-Length", str(len(body))), ("Content-Type", media)]
     before = len(house.stub.requests)
 
-    sent = head(row.method, target, *presented[kind], *(framing if row.method == "POST" else []))
+    offered = HANDSHAKE[:-1] if row.kind is Kind.DUPLEX and kind != "absolute" else []
+    sent = head(row.method, target, *presented[kind], *offered, *(framing if row.method == "POST" else []))
     answer = exchange(house.proxy.url, sent + (body if row.method == "POST" else b""))
 
+    if row.kind is Kind.DUPLEX:  # the upstream here is none, which only whoever got to it hears; others are told to ask
+        assert (answer.status, len(house.stub.requests) - before) == ((502, 1) if offered else (426, 0))
+        return
     assert answer.status == 200
     assert len(house.stub.requests) == before + 1

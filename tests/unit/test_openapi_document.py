@@ -141,9 +141,12 @@ def test_every_row_is_there(row: Operation) -> None:
     assert in_path == {part[1:-1] for part in row.path.split("/") if part.startswith("{")}
     assert {each["name"] for each in page["parameters"] if each["in"] == "query"} == row.query
     media = {"stream": "text/event-stream", "ag-ui": "text/event-stream", "files.get": "*/*"}
+    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"], ["ag-ui"], ["files"], ["ws"])
+    if row.kind is Kind.DUPLEX:
+        assert "101" in page["responses"]
+        return
     assert list(page["responses"]["200"]["content"]) == [media.get(row.name, "application/json")]
     assert ("requestBody" in page) == (row.method == "POST")
-    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"], ["ag-ui"], ["files"])
 
 
 def test_nothing_else_is_there() -> None:
@@ -179,7 +182,9 @@ def test_either_credential_does() -> None:
 @ROWS
 def test_refusals_are_problems(row: Operation) -> None:
     """Every answer but the good one is a problem of RFC 9457."""
-    refusals = {status: answer for status, answer in described(row)["responses"].items() if status != "200"}
+    refusals = {
+        status: answer for status, answer in described(row)["responses"].items() if status not in ("101", "200")
+    }
 
     assert {"400", "401", "403", "404", "429", "502", "503", "504"} <= set(refusals)
     for answer in refusals.values():

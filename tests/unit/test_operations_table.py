@@ -97,7 +97,7 @@ def test_deleting_and_stopping_need_scopes_of_their_own(row: Operation) -> None:
     sharing = {other.name for other in OPERATIONS if other.scope == row.scope}
 
     if row.scope == STREAM:
-        assert sharing == {"stream", "ag-ui"}  # one right, in whichever protocol
+        assert sharing == {"stream", "ag-ui", "ws"}  # one right, in whichever protocol
     elif row.name in {"invoke", "stop", "threads.delete", "files.upload", "ping"}:
         assert sharing == {row.name}
     else:

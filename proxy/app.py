@@ -8,12 +8,13 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, override
+from typing import Any, Final, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
+from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.duplex import Duplex, DuplexRules
@@ -29,11 +30,15 @@ from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
+from proxy.runs import Runs
 from proxy.settings import Settings
-from proxy.tenancy import RunRules
+from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.uploads import UploadRules, Uploads
 from proxy.upstream import Pool
+
+_LAST_STOPS_SECONDS: Final = 2.0
+"""How long an ending process tells the sidecar of runs that nobody will hear."""
 
 
 class Proxy(FastAPI):
@@ -75,8 +80,14 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    operations = routes(_phases(settings, upstream or make_pool(settings), clock))
-    app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
+    secret = thread_secret(settings)
+    limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
+    upstream = upstream or make_pool(settings)
+    runs = Runs(upstream, settings.flow_rules())
+    relay = Relay(upstream, runs, settings.flow_rules())
+    operations = routes(_phases(settings, limits, relay, clock))
+    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
+    app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
@@ -89,17 +100,19 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store)
+    app.state.background = lambda: _background(keys, store, limits, runs)
+    app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerator[None]:
+async def _background(keys: KeyCache, store: SqlKeyStore | None, limits: Limits, runs: Runs) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
-        async with keys.watching():
+        async with keys.watching(), limits.watching():
             yield
     finally:
+        await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
 
@@ -110,18 +123,16 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float]) -> Phases:
     identity = InternalIdentity(
         settings.agent_secret.get_secret_value(),
         issuer=settings.agent_issuer,
         audience=settings.agent_audience,
         clock=clock,
     )
-    thread_secret = _thread_secret(settings)
-    relay = Relay(upstream)
-    file_secret = hmac.digest(thread_secret, b"agentflow-proxy/file-handle", "sha256")
+    secret = thread_secret(settings)
+    file_secret = hmac.digest(secret, b"agentflow-proxy/file-handle", "sha256")
     filing = Filing(relay, _uploads(settings), identity, file_secret, settings.query_deadlines())
-    rate = RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers)
     run_rules = RunRules(
         allow_system=settings.allow_system_messages,
         max_recursion=settings.max_recursion_limit,
@@ -133,16 +144,17 @@ def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) 
         settings.agent_url,
         _duplex_rules(settings),
         identity=identity,
-        rate=rate,
+        limits=limits,
         run_rules=run_rules,
-        thread_secret=thread_secret,
+        flow_rules=settings.flow_rules(),
+        thread_secret=secret,
         new_name=_new_name,
     )
     return Phases(
-        rate=rate,
+        limits=limits,
         relay=relay,
         identity=identity,
-        thread_secret=thread_secret,
+        thread_secret=secret,
         new_name=_new_name,
         run_rules=run_rules,
         body_rules=BodyRules(settings.max_body_bytes, settings.body_timeout_seconds),
@@ -206,7 +218,7 @@ def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier |
     return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
 
 
-def _thread_secret(settings: Settings) -> bytes:
+def thread_secret(settings: Settings) -> bytes:
     """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
     if settings.thread_secret is not None:
         return settings.thread_secret.get_secret_value().encode()

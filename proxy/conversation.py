@@ -5,6 +5,7 @@ Knows no caller and no rule: what the client says is admitted, or refused, by a 
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -13,16 +14,31 @@ from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close
 
-from proxy.errors import ClientLeft, ClientProblem
-from proxy.frames import ends_a_run, error_frame
-from proxy.model import DRAIN, Receive, Send
+from proxy.errors import BudgetSpentMidway, ClientLeft, ClientProblem
+from proxy.frames import ends_a_run, error_frame, is_error
+from proxy.framing import ErrorLines
+from proxy.model import DRAIN, Lease, Receive, Send
 from proxy.outages import Draining, RunDeadline, UpstreamCut, UpstreamMalformed
+from proxy.runs import Spending
 
 GOING_AWAY: Final = 1001
 IDLE: Final = "idle"
 """The reason of a close for silence."""
 _NORMAL: Final = 1000
 _REFUSALS_THAT_END: Final = frozenset({401, 403})
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One run of a conversation: what it spends, and the place it holds."""
+
+    spending: Spending
+    lease: Lease
+
+    def end(self) -> None:
+        """Charge the rest, and give the place back."""
+        self.spending.settle()
+        self.lease.release()
 
 
 @dataclass(slots=True)
@@ -32,13 +48,13 @@ class Conversation:
     upstream: ClientConnection
     receive: Receive
     send: Send
-    admit: Callable[[bytes], Awaitable[bytes]]
-    request_id: str = field(kw_only=True)
+    admit: Callable[[bytes], Awaitable[tuple[bytes, "Turn"]]]
+    stop_over_budget: bool
+    errors: ErrorLines
+    request_id: str
+    _turns: deque["Turn"] = field(default_factory=deque)
+    """The runs that were asked for and have not ended, the oldest first: the sidecar runs them one by one."""
     _draining: bool = False
-    _asked: bool = False
-    """The client has asked for a run, and nothing has come since."""
-    _last: str | bytes | None = None
-    """What the sidecar said last."""
     _active: float = 0.0
 
     async def until_closed(self, *, idle: float, total: float) -> Close:
@@ -61,6 +77,8 @@ class Conversation:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            while self._turns:
+                self._turns.popleft().end()
             await self._part()
 
     async def _up(self) -> Close:
@@ -76,7 +94,7 @@ class Conversation:
                 raise ClientLeft
             if message["type"] == DRAIN:
                 self._draining = True
-                if not self._asked and (self._last is None or ends_a_run(self._last)):
+                if not self._turns:
                     raise Draining
             else:
                 await self._say(message)
@@ -87,13 +105,13 @@ class Conversation:
         try:
             if self._draining:
                 raise Draining
-            bound = await self.admit(text.encode() if text is not None else message["bytes"])
+            bound, turn = await self.admit(text.encode() if text is not None else message["bytes"])
         except ClientProblem as problem:
             if problem.status in _REFUSALS_THAT_END:
                 raise
             await self.send({"type": "websocket.send", "text": error_frame(problem, request_id=self.request_id)})
             return
-        self._asked = True
+        self._turns.append(turn)
         with contextlib.suppress(ConnectionClosed):  # the other task tells of it
             await self.upstream.send(bound.decode() if text is not None else bound)
 
@@ -103,14 +121,35 @@ class Conversation:
         try:
             while True:
                 said = await self.upstream.recv()
-                await self.send({"type": "websocket.send", "text" if isinstance(said, str) else "bytes": said})
-                self._active, self._asked, self._last = loop.time(), False, said
-                if self._draining and ends_a_run(said):
-                    raise Draining
+                if isinstance(said, str):
+                    await self.send({"type": "websocket.send", "text": self._safe(said)})
+                    self._account(said)
+                else:
+                    await self.send({"type": "websocket.send", "bytes": said})
+                self._active = loop.time()
         except ConnectionClosed as error:
             return self._closed(error)
         except OSError as error:  # what uvicorn raises when the client is gone
             raise ClientLeft from error
+
+    def _safe(self, said: str) -> str:
+        """Give what the client may hear of an error; anything else as it is."""
+        if '"error"' not in said:
+            return said
+        return self.errors.safe(said.encode())[0].decode() if is_error(said) else said
+
+    def _account(self, said: str) -> None:
+        """Charge what a run has used. Raises BudgetSpentMidway, or Draining after a run when we are to end."""
+        if not self._turns:
+            return
+        turn = self._turns[0]
+        in_budget = turn.spending.take(said.encode() + b"\n")
+        if ('"done"' in said or '"error"' in said) and ends_a_run(said):
+            self._turns.popleft().end()
+            if self._draining and not self._turns:
+                raise Draining
+        elif not in_budget and self.stop_over_budget:
+            raise BudgetSpentMidway
 
     def _closed(self, error: ConnectionClosed) -> Close:
         if error.rcvd is None:

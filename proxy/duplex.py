@@ -8,7 +8,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection
@@ -17,14 +17,16 @@ from websockets.exceptions import InvalidHandshake, InvalidStatus
 from websockets.frames import Close
 from websockets.uri import parse_uri
 
+from proxy.admission import Limits
 from proxy.authorization import Permit, authorize
-from proxy.conversation import GOING_AWAY, IDLE, Conversation
+from proxy.conversation import GOING_AWAY, IDLE, Conversation, Turn
 from proxy.credentials import BEARER_SUBPROTOCOL
+from proxy.ends import End
 from proxy.errors import ClientLeft, ClientProblem, CredentialInvalid, Problem, UpgradeRequired
 from proxy.forwarding import request_upstream
 from proxy.frames import bind_frame
-from proxy.limits import RateLimit
-from proxy.model import RECORD, REPROVE, Principal, Receive, Record, Scope, Send, UpstreamRequest
+from proxy.framing import ErrorLines
+from proxy.model import RECORD, REPROVE, FlowRules, Lease, Principal, Receive, Record, Scope, Send, UpstreamRequest
 from proxy.operations import Kind
 from proxy.outages import (
     Draining,
@@ -37,8 +39,10 @@ from proxy.outages import (
     UpstreamProblem,
 )
 from proxy.routes import Phase
+from proxy.runs import Spending, log
 from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity
+from proxy.usage import reader_for
 
 MAX_MESSAGE_BYTES: Final = 16 << 20
 """The largest message of the sidecar's."""
@@ -68,8 +72,9 @@ class Duplex:
     url: str
     rules: DuplexRules
     identity: InternalIdentity
-    rate: RateLimit
+    limits: Limits
     run_rules: RunRules
+    flow_rules: FlowRules
     thread_secret: bytes
     new_name: Callable[[], str]
     running: int = field(default=0, init=False)
@@ -78,7 +83,9 @@ class Duplex:
         """Give the phase of the one kind that is a WebSocket."""
         return {Kind.DUPLEX: self.converse}
 
-    async def converse(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def converse(
+        self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Reach the sidecar, accept the client, then carry what they say until either closes.
 
         Raises a Problem, before the client is accepted for an answer to its handshake, afterwards for the record.
@@ -93,6 +100,7 @@ class Duplex:
                 await receive()  # websocket.connect
                 offers = BEARER_SUBPROTOCOL.decode() in scope["subprotocols"][:1]
                 await send({"type": "websocket.accept", "subprotocol": BEARER_SUBPROTOCOL.decode() if offers else None})
+                lease.release()  # a run takes a place, a connection alone does not
                 await self._carry(permit, tag, scope, upstream, receive, send)
         finally:
             self.running -= 1
@@ -103,12 +111,23 @@ class Duplex:
         payer = tag_of(permit.principal.caller, self.thread_secret) if permit.principal.caller else tag
         record: Record = scope[RECORD]
 
-        async def admit(raw: bytes) -> bytes:
+        async def admit(raw: bytes) -> tuple[bytes, Turn]:
             await _require_same(permit, scope[REPROVE])
-            self.rate.spend(payer, permit.operation.cost)
-            return bind_frame(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)[0]
+            lease = await self.limits.admit(permit.principal, payer, permit.operation)
+            try:
+                bound, _ = bind_frame(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+            except BaseException:
+                lease.release()
+                raise
+            return bound, Turn(Spending(reader_for("stream"), lease, record), lease)
 
-        talk = Conversation(upstream, receive, send, admit, request_id=record.request_id.decode())
+        rules, request_id = self.flow_rules, record.request_id.decode()
+
+        def tell(said: dict[str, Any]) -> None:
+            log.warning("run.failed", extra={"fields": {"request_id": request_id, "said": said}})
+
+        errors = ErrorLines(request_id, rules.error_detail, tell)
+        talk = Conversation(upstream, receive, send, admit, rules.stop_over_budget, errors, request_id)
         try:
             close = await talk.until_closed(idle=self.rules.idle, total=self.rules.total)
         except ClientLeft:
@@ -120,7 +139,7 @@ class Duplex:
             await _close(send, Close(_RESTARTING, "draining"))
             raise
         if close.code == GOING_AWAY and close.reason == IDLE:
-            record.end = IDLE
+            record.end = End.IDLE_DEADLINE
         await _close(send, close)
 
     def _request(self, permit: Permit, scope: Scope) -> UpstreamRequest:

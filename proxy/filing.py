@@ -10,7 +10,7 @@ from typing import Final
 from proxy.authorization import Permit
 from proxy.forwarding import downstream_headers, request_upstream
 from proxy.handles import Handles, sealed_answer
-from proxy.model import RECORD, Deadlines, Headers, Message, Receive, Record, Scope, Send, UpstreamRequest
+from proxy.model import RECORD, Deadlines, Headers, Lease, Message, Receive, Record, Scope, Send, UpstreamRequest
 from proxy.operations import Kind
 from proxy.relay import Relay
 from proxy.routes import Phase
@@ -39,7 +39,7 @@ class Filing:
         """Give the phase of each kind of operation on files."""
         return {Kind.UPLOAD: self.upload, Kind.FILE: self.file, Kind.FILE_FACTS: self.facts}
 
-    async def upload(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def upload(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  it is released with the request
         """Pass an upload on; its answer tells the caller the file's handle."""
         answer = await self.uploads.pass_on(self._upstream(permit, scope), scope["headers"], receive)
         body = answer.take()
@@ -47,7 +47,7 @@ class Filing:
             body = sealed_answer(body, Handles(tag, self.secret))
         await _respond(send, answer.status, answer.headers, body)
 
-    async def file(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def file(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Relay a file of the caller's, byte for byte, in a form that no browser runs."""
 
         async def inert(message: Message) -> None:
@@ -57,9 +57,9 @@ class Filing:
             await send(message)
 
         request = self._upstream(permit, scope, file_id=self._file_id(scope, tag))
-        await self.relay.relay(request, self.deadlines, receive, inert)
+        await self.relay.relay(request, self.deadlines, lease, receive, inert)
 
-    async def facts(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def facts(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  it is released with the request
         """Answer what the sidecar knows of a file of the caller's, under its handle."""
         request = self._upstream(permit, scope, file_id=self._file_id(scope, tag))
         status, body = await self.relay.collect(request, self.deadlines, receive)

@@ -81,7 +81,10 @@ def error_frame(problem: Problem, *, request_id: str) -> str:
 
 
 def ends_a_run(frame: str | bytes | None) -> bool:
-    """Say whether a message of the sidecar's is the last of a run: it is done, or was refused."""
+    """Say whether a message of the sidecar's is the last of a run: it is done, or was refused and so has no id.
+
+    An error within a run, a tool's for instance, is not its end.
+    """
     try:
         value = pydantic_core.from_json(frame or b"")
     except ValueError:
@@ -89,5 +92,15 @@ def ends_a_run(frame: str | bytes | None) -> bool:
     if not isinstance(value, dict):
         return False
     data = value.get("data")
-    is_done = value.get("event") == "updates" and isinstance(data, dict) and data.get("status") == "done"
-    return is_done or value.get("event") == "error"
+    if value.get("event") == "error":
+        return value.get("thread_id") is None and value.get("run_id") is None
+    return value.get("event") == "updates" and isinstance(data, dict) and data.get("status") == "done"
+
+
+def is_error(frame: str) -> bool:
+    """Say whether a message of the sidecar's is an error."""
+    try:
+        value = pydantic_core.from_json(frame)
+    except ValueError:
+        return False
+    return isinstance(value, dict) and value.get("event") == "error"

@@ -17,9 +17,9 @@ from proxy.outages import (
     PoolExhausted,
     UpstreamCut,
     UpstreamDeadline,
-    UpstreamDistrust,
     UpstreamMalformed,
     UpstreamProblem,
+    require_trust,
 )
 
 MAX_ANSWER_BYTES: Final = 16 << 20
@@ -175,8 +175,7 @@ async def _read_answer(reader: asyncio.StreamReader) -> Answer:
                 raise UpstreamMalformed(reason="the answer is too long")
     except ConnectionError as error:
         raise UpstreamCut(reason=type(error).__name__) from error
-    if answer.status == 401:  # noqa: PLR2004  Unauthorized: that is about our token, not the caller's
-        raise UpstreamDistrust
+    require_trust(answer.status)
     return answer
 
 

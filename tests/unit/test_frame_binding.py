@@ -148,6 +148,7 @@ def test_a_refusal_has_the_form_of_the_sidecars_errors() -> None:
     [
         ('{"event":"updates","data":{"status":"done"}}', True),
         ('{"event":"error","data":{"reason":"x"}}', True),
+        ('{"event":"error","data":{"reason":"x"},"thread_id":"t~a","run_id":"r"}', False),
         ('{"event":"message","message":{"content":"{\\"status\\":\\"done\\"}"}}', False),
         ('{"event":"updates","data":{"status":"more"}}', False),
         ('{"event":"updates","data":null}', False),

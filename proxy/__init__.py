@@ -14,7 +14,8 @@
                       on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
                       (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
-7.  `tenancy`         binds the thread ids in it to the principal.
+7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
+                      the `handles` of the principal's files.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
@@ -24,13 +25,15 @@
 11. `observability`   tells its watchers that it has ended: the `accesslog` writes its line, `metrics` count it,
                       `traces` send its spans.
 
-`listing` filters the one answer that is made here. `model`, `errors`, `outages` and `ends` hold what travels;
+`listing` filters the one answer that is made here. `filing` has the phases of files, and `uploads` sends their bytes
+upstream, named by `handles`; `agui` binds AG-UI's own body; `duplex` relays WebSockets, on which two ends have a
+`conversation` whose messages `frames` binds. `model`, `errors`, `outages` and `ends` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
 of which `notices` tell every proxy.
 `logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;
 `exposition` serves them, for several workers from one `board`. `telemetry` begins what `telemetrysettings` ask for.
 `livecheck` asks everything that this proxy depends on how it is.
-`settings`, `tokensettings`, `limitsettings`, `flowsettings` and
-`overloadsettings`, which `environment` reads and `reload` reads again, `app`, `openapi`, `server` (with `protocol`),
-`cli`, `limitcommands` and `dev` build the house and open the door.
+`settings`, `tokensettings`, `limitsettings`, `flowsettings`, `exchangesettings` and `overloadsettings`, which
+`environment` reads and `reload` reads again, `app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and
+`dev` build the house and open the door.
 """

@@ -18,6 +18,8 @@ from proxy.accesslog import AccessLog
 from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
+from proxy.duplex import Duplex, DuplexRules
+from proxy.filing import Filing
 from proxy.issuers import Issuer
 from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
@@ -37,6 +39,7 @@ from proxy.settings import Settings
 from proxy.telemetry import Telemetry, connection_readings, limit_readings
 from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
+from proxy.uploads import UploadRules, Uploads
 from proxy.upstream import Pool
 
 _LAST_STOPS_SECONDS: Final = 2.0
@@ -164,25 +167,69 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
 
 
 def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float], overload: Overload) -> Phases:
-    agent_secret = settings.agent_secret.get_secret_value()
+    identity = InternalIdentity(
+        settings.agent_secret.get_secret_value(),
+        issuer=settings.agent_issuer,
+        audience=settings.agent_audience,
+        clock=clock,
+    )
+    secret = thread_secret(settings)
+    file_secret = hmac.digest(secret, b"agentflow-proxy/file-handle", "sha256")
+    filing = Filing(relay, _uploads(settings), identity, file_secret, settings.query_deadlines())
+    run_rules = RunRules(
+        allow_system=settings.allow_system_messages,
+        max_recursion=settings.max_recursion_limit,
+        standing_thread=settings.default_thread == "standing",
+        allow_client_tools=settings.allow_client_tools,
+        file_secret=file_secret,
+    )
+    duplex = Duplex(
+        settings.agent_url,
+        _duplex_rules(settings),
+        identity=identity,
+        limits=limits,
+        run_rules=run_rules,
+        flow_rules=settings.flow_rules(),
+        thread_secret=secret,
+        new_name=_new_name,
+    )
     return Phases(
         overload=overload,
         limits=limits,
         relay=relay,
-        identity=InternalIdentity(
-            agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
-        ),
-        thread_secret=thread_secret(settings),
-        new_name=lambda: uuid.uuid4().hex,
-        run_rules=RunRules(
-            allow_system=settings.allow_system_messages,
-            max_recursion=settings.max_recursion_limit,
-            standing_thread=settings.default_thread == "standing",
-        ),
+        identity=identity,
+        thread_secret=secret,
+        new_name=_new_name,
+        run_rules=run_rules,
         body_rules=BodyRules(settings.max_body_bytes, settings.body_timeout_seconds),
         run_deadlines=settings.run_deadlines(),
         query_deadlines=settings.query_deadlines(),
+        others={**filing.phases(), **duplex.phases()},
     )
+
+
+def _duplex_rules(settings: Settings) -> DuplexRules:
+    return DuplexRules(
+        connect=settings.connect_timeout_seconds,
+        handshake=settings.query_timeout_seconds,
+        idle=settings.websocket_idle_seconds,
+        total=settings.websocket_total_seconds,
+        at_once=settings.websockets_at_once,
+    )
+
+
+def _new_name() -> str:
+    return uuid.uuid4().hex
+
+
+def _uploads(settings: Settings) -> Uploads:
+    rules = UploadRules(
+        most=settings.max_upload_bytes,
+        seconds=settings.upload_timeout_seconds,
+        at_once=settings.uploads_at_once,
+        connect=settings.connect_timeout_seconds,
+    )
+    return Uploads(settings.agent_url, rules)
 
 
 def make_pool(settings: Settings) -> Pool:

@@ -5,16 +5,26 @@ Pure ASGI. Refuses by default, before routing and before a byte of the body is r
 
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from proxy.audit import Audit
-from proxy.credentials import ApiKey, Credential, KeyParts, digests_match, parse_key, read_credential
+from proxy.credentials import (
+    ApiKey,
+    Credential,
+    KeyParts,
+    digests_match,
+    parse_key,
+    read_credential,
+    with_offered_bearer,
+)
 from proxy.delegation import act_for_named
 from proxy.errors import CredentialInvalid, CredentialMissing, MalformedCredential
 from proxy.keycache import KeyCache
 from proxy.limits import RateLimit, address_partition
 from proxy.model import (
     RECORD,
+    REPROVE,
     App,
     CredentialKind,
     Headers,
@@ -107,6 +117,9 @@ class Authentication:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in PUBLIC or scope["raw_path"] != scope["path"].encode():
             record: Record = scope[RECORD]
+            if scope["type"] == "websocket":
+                scope["headers"] = self._offered(scope["headers"], record)
+                scope[REPROVE] = partial(self._reprove, scope["headers"], record)
             credential = self._read(scope["headers"], record)
             principal = self._authenticator.recall(credential)
             if principal is None:
@@ -118,6 +131,18 @@ class Authentication:
             if self._lifecycle.draining:
                 raise Draining
         await self._app(scope, receive, send)
+
+    async def _reprove(self, headers: Headers, record: Record) -> Principal:
+        credential = self._read(headers, record)
+        principal = self._authenticator.recall(credential) or await self._prove(credential, record)
+        return act_for_named(principal, headers)
+
+    def _offered(self, headers: Headers, record: Record) -> Headers:
+        try:
+            return with_offered_bearer(headers)
+        except MalformedCredential:
+            self._failures.spend(address_partition(record.address))
+            raise
 
     def _read(self, headers: Headers, record: Record) -> Credential:
         try:

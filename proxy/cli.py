@@ -108,8 +108,8 @@ def operations(_: argparse.Namespace) -> int:
 
 def _limits(row: Operation, settings: Settings) -> str:
     """Say what bounds an operation: what it takes of its caller's rate, its body, how long it may last."""
-    takes_body = row.kind in (Kind.RUN, Kind.CONTROL)
-    seconds = settings.total_timeout_seconds if row.kind is Kind.RUN else settings.query_timeout_seconds
+    takes_body = row.kind in (Kind.RUN, Kind.AG_UI, Kind.CONTROL)
+    seconds = settings.total_timeout_seconds if row.kind in (Kind.RUN, Kind.AG_UI) else settings.query_timeout_seconds
     quotas = settings.policies().plan(row.name).quotas
     rate = ", ".join(_quota_text(quota) for quota in quotas) or "no quota"
     body = f"{settings.max_body_bytes} bytes" if takes_body else "no body"

@@ -15,6 +15,8 @@ from proxy.errors import MalformedCredential
 
 MAX_CREDENTIAL_BYTES: Final = 8192
 KEY_PREFIX: Final = "afp"
+BEARER_SUBPROTOCOL: Final = b"agentflow-bearer"
+_OFFERED: Final = 2
 _ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _VISIBLE: Final = re.compile(rb"[!-~]+")
 _ID_LENGTH: Final = 12
@@ -45,6 +47,21 @@ class KeyParts:
 
     id: str
     digest: str
+
+
+def with_offered_bearer(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Give a WebSocket's `headers` with the token that it offers as a subprotocol, if it does, as Authorization.
+
+    A browser can set no header on a WebSocket; AgentFlow's clients offer `agentflow-bearer` and the token.
+    Raises MalformedCredential for more than these two.
+    """
+    values = [value for name, value in headers if name == b"sec-websocket-protocol"]
+    offered = [each.strip() for value in values for each in value.split(b",")]
+    if len(offered) < _OFFERED or offered[0] != BEARER_SUBPROTOCOL:
+        return headers
+    if len(offered) > _OFFERED:
+        raise MalformedCredential("Offer agentflow-bearer and one token.")
+    return [*headers, (b"authorization", b"Bearer " + offered[1])]
 
 
 def read_credential(headers: Iterable[tuple[bytes, bytes]]) -> Credential | None:

@@ -183,6 +183,17 @@ class BodyInvalid(ClientProblem):
     title = "The request body is not valid"
 
 
+class UpgradeRequired(ClientProblem):
+    """The operation is a WebSocket, and this was no handshake of one (RFC 9110 §15.5.22)."""
+
+    status = 426
+    code = "upgrade_required"
+    title = "This operation is a WebSocket"
+
+    def headers(self) -> Headers:
+        return [(b"upgrade", b"websocket"), (b"connection", b"upgrade"), (b"sec-websocket-version", b"13")]
+
+
 class RateExceeded(ClientProblem):
     """A quota is spent (RateLimit draft: type `quota-exceeded`)."""
 

@@ -75,7 +75,7 @@ def request_upstream(
 
 def stop_upstream(permit: Permit, *, thread_id: str, identity: bytes, request_id: bytes) -> UpstreamRequest:
     """Build what asks the sidecar to stop a run: whoever may run may have his own run stopped, so its permit does."""
-    if permit.operation.kind is not Kind.RUN:
+    if permit.operation.kind not in (Kind.RUN, Kind.AG_UI):
         raise ValueError("not the permit of a run")
     fields = (
         (b"authorization", b"Bearer " + identity),

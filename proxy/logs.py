@@ -22,7 +22,11 @@ MOST_WAITING: Final = 10_000
 _GATHER_SECONDS: Final = 0.02
 _LONGEST_WRITE: Final = 4096
 """As much as a pipe takes whole (PIPE_BUF), so that the lines of several processes do not mix."""
-_EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
+_EXPECTED: Final = (
+    "ASGI callable returned without completing response.",
+    "ASGI callable returned without completing handshake.",
+    "Exception in ASGI application\n",
+)
 _BARE: Final = re.compile(r"[!#-<>-~]+")
 _COLOURS: Final = {"debug": "2", "info": "0", "warning": "33", "error": "31", "critical": "31"}
 _STATUS_COLOURS: Final = {2: "32", 3: "36", 4: "33", 5: "31"}
@@ -201,7 +205,8 @@ def set_level(level: str) -> None:
     """Log from `level` up from now on."""
     root = logging.getLogger()
     root.setLevel(level.upper())
-    for noisy in ("uvicorn.error", "opentelemetry", "urllib3"):
+    # Further down, `websockets` tells headers and what is said.
+    for noisy in ("uvicorn.error", "opentelemetry", "urllib3", "websockets"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 

@@ -160,6 +160,12 @@ RECORD: Final = "agentflow_proxy.record"
 """The key of a request's Record in its ASGI scope."""
 
 
+REPROVE: Final = "agentflow_proxy.reprove"
+"""The key, in a WebSocket's ASGI scope, of a coroutine function that proves its credential again."""
+DRAIN: Final = "agentflow_proxy.drain"
+"""The type of the message, in a WebSocket's ASGI channel, that says the process is to end."""
+
+
 @dataclass(slots=True)
 class Lifecycle:
     """Whether this process wants new work (`ready`), and whether it refuses it (`draining`)."""

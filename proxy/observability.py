@@ -20,7 +20,6 @@ from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, S
 from proxy.outages import Draining
 
 error_log: Final = logging.getLogger("agentflow_proxy.error")
-_CLOSE_POLICY: Final = 1008
 _LAST_WORDS_SECONDS: Final = 1.0
 
 
@@ -44,7 +43,8 @@ class Observability:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": _CLOSE_POLICY})  # no row of the table is one
+            scope["method"] = "GET"  # RFC 6455 §4.1
+            await self._observe(scope, receive, _answering_handshakes(send))
         elif scope["type"] != "http":
             await self._app(scope, receive, send)
         else:
@@ -55,8 +55,7 @@ class Observability:
         request_id = request_id_of(headers) or self._new_id().encode()
         address = client_address(scope["client"], headers, trusted_hops=self._trusted_hops)
         record = scope[RECORD] = Record(request_id, self._clock(), address, scope["method"], scope["path"])
-        for watcher in self._watchers:
-            watcher.begin(record, headers)
+        self._begin(record, headers)
 
         async def observed(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -66,10 +65,13 @@ class Observability:
                     (b"x-request-id", request_id),
                     *record.answer_fields,
                 ]
-            elif message["body"]:
+            elif body := message.get("body") or message.get("text") or message.get("bytes"):
                 if record.first_byte_at is None:
                     record.first_byte_at = self._clock()
-                record.sent_bytes += len(message["body"])
+                record.sent_bytes += len(body)
+            elif message["type"] == "websocket.accept":
+                record.status = 101
+                message["headers"] = [(b"x-request-id", request_id), *record.answer_fields]
             await send(message)
 
         try:
@@ -98,9 +100,12 @@ class Observability:
         record.status, record.sent_bytes, record.first_byte_at = ClientProblem.status, sent, record.started
         record.end, record.code = ClientProblem.end, ClientProblem.code
         record.reason, record.fault = reason, ClientProblem.fault
-        for watcher in self._watchers:
-            watcher.begin(record, [])
+        self._begin(record, [])
         self._end(record)
+
+    def _begin(self, record: Record, headers: Headers) -> None:
+        for watcher in self._watchers:
+            watcher.begin(record, headers)
 
     def _end(self, record: Record) -> None:
         now = self._clock()
@@ -125,6 +130,17 @@ class Observability:
         head.append((b"cache-control", b"no-store"))
         await send({"type": "http.response.start", "status": problem.status, "headers": head + own})
         await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+def _answering_handshakes(send: Send) -> Send:
+    """Give a `send` that takes a response for the answer to a WebSocket's handshake (ASGI's extension for it)."""
+
+    async def answering(message: Message) -> None:
+        if message["type"].startswith("http."):
+            message["type"] = f"websocket.{message['type']}"
+        await send(message)
+
+    return answering
 
 
 def client_address(peer: tuple[str, int] | None, headers: Headers, *, trusted_hops: int) -> str:

@@ -20,7 +20,29 @@ _EXAMPLES: Final = {
         },
     },
 }
+_AG_UI_EXAMPLES: Final = {
+    "ag-ui": {
+        "summary": "AG-UI's RunAgentInput",
+        "value": {
+            "threadId": "support-42",
+            "runId": "run-1",
+            "state": {},
+            "messages": [{"id": "m-1", "role": "user", "content": "hi"}],
+            "tools": [],
+            "context": [],
+            "forwardedProps": {},
+        },
+    },
+}
 _CONTROL_EXAMPLES: Final = {"stop": {"summary": "Stop a run", "value": {"thread_id": "support-42"}}}
+_EXAMPLES_OF: Final = {Kind.RUN: _EXAMPLES, Kind.AG_UI: _AG_UI_EXAMPLES, Kind.CONTROL: _CONTROL_EXAMPLES}
+_FORM: Final = {
+    "type": "object",
+    "required": ["file"],
+    "properties": {"file": {"type": "string", "contentMediaType": "application/octet-stream"}},
+}
+_MEDIA: Final = {"stream": "text/event-stream", "ag-ui": "text/event-stream", "files.get": "*/*"}
+_NAMED: Final = {0x2F: "_", 0x2D: "_", 0x7B: None, 0x7D: None}
 _PROBLEM: Final = {
     "type": "object",
     "required": ["type", "title", "status", "code", "request_id"],
@@ -80,21 +102,31 @@ def describe() -> dict[str, Any]:
 
 def _operation(row: Operation) -> dict[str, Any]:
     described: dict[str, Any] = {
-        "operationId": f"{row.method.lower()}{row.path.replace('/', '_').replace('{', '').replace('}', '')}",
+        "operationId": row.method.lower() + row.path.translate(_NAMED),
         "summary": row.summary,
         "description": f"Needs the scope `{row.scope}`.",
-        "tags": [row.path.split("/")[2] if row.kind in (Kind.RUN, Kind.PLAIN) else "threads"],
+        "tags": [_tag(row)],
         "parameters": [*_path_parameters(row), *_query_parameters(row)],
         "responses": {
-            "200": _answer(row),
+            **({"101": {"description": "The WebSocket is open"}} if row.kind is Kind.DUPLEX else {"200": _answer(row)}),
             **{str(status): _refusal(text) for status, text in _REFUSALS.items()},
         },
     }
-    if row.kind in (Kind.RUN, Kind.CONTROL):
-        examples = _EXAMPLES if row.kind is Kind.RUN else _CONTROL_EXAMPLES
+    examples = _EXAMPLES_OF.get(row.kind)
+    if examples is not None:
         content = {"application/json": {"schema": {"type": "object"}, "examples": examples}}
         described["requestBody"] = {"required": True, "content": content}
+    if row.kind is Kind.UPLOAD:
+        described["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}
     return described
+
+
+def _tag(row: Operation) -> str:
+    if row.kind in (Kind.AG_UI, Kind.DUPLEX):
+        return row.name
+    if row.path.startswith("/agent/v1/files"):
+        return "files"
+    return row.path.split("/")[2] if row.kind in (Kind.RUN, Kind.PLAIN) else "threads"
 
 
 def _path_parameters(row: Operation) -> list[dict[str, Any]]:
@@ -111,7 +143,7 @@ def _query_parameters(row: Operation) -> list[dict[str, Any]]:
 
 
 def _answer(row: Operation) -> dict[str, Any]:
-    media = "text/event-stream" if row.name == "stream" else "application/json"
+    media = _MEDIA.get(row.name, "application/json")
     return {"description": "The agent's answer, byte for byte", "content": {media: {"schema": {}}}}
 
 

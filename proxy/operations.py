@@ -13,12 +13,22 @@ class Kind(StrEnum):
 
     RUN = "run"
     """A body with messages; thread id in `config`; the answer is relayed."""
+    AG_UI = "ag-ui"
+    """A run in AG-UI's own form, `threadId` at its top; the answer is relayed."""
     CONTROL = "control"
     """A body with a thread id at its top; the answer is relayed."""
     THREAD = "thread"
     """No body of the caller's; thread id in the path; the answer is relayed."""
+    DUPLEX = "duplex"
+    """A WebSocket; each message of the client's is a run, bound like a run's body."""
     LISTING = "listing"
     """The caller's own threads, filtered here."""
+    UPLOAD = "upload"
+    """A form with a file, passed on as it comes; the answer tells the file's handle."""
+    FILE = "file"
+    """No body; the handle of a file in the path; the answer is relayed."""
+    FILE_FACTS = "file-facts"
+    """The same; the answer tells the handle again."""
     PLAIN = "plain"
     """No thread at all."""
 
@@ -44,16 +54,19 @@ STOP: Final = "agent:stop"
 READ: Final = "threads:read"
 DELETE: Final = "threads:delete"
 PING: Final = "agent:ping"
+FILES_READ: Final = "files:read"
+FILES_WRITE: Final = "files:write"
 
 IMPERSONATE: Final = "agent:impersonate"
 """Of no operation: lets a service act for its users (X-On-Behalf-Of)."""
 
-USUAL_SCOPES: Final = frozenset({INVOKE, STREAM, STOP, READ, DELETE, PING})
+USUAL_SCOPES: Final = frozenset({INVOKE, STREAM, STOP, READ, DELETE, PING, FILES_READ, FILES_WRITE})
 """What a credential gets that nobody chose scopes for."""
 SCOPES: Final = USUAL_SCOPES | {IMPERSONATE}
 PAGING: Final = frozenset({"search", "offset", "limit"})
 
 _V1: Final = "/v1/graph"
+_FILE: Final = "/v1/files/{file_id}"
 _THREAD: Final = "/v1/threads/{thread_id}"
 
 OPERATIONS: Final[tuple[Operation, ...]] = (
@@ -61,6 +74,8 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
     Operation("stream", "POST", "/agent/stream", f"{_V1}/stream", STREAM, Kind.RUN, "Run the agent, answer as it comes"),
     Operation("invoke", "POST", f"/agent{_V1}/invoke", f"{_V1}/invoke", INVOKE, Kind.RUN, "The sidecar's own path of invoke"),
     Operation("stream", "POST", f"/agent{_V1}/stream", f"{_V1}/stream", STREAM, Kind.RUN, "The sidecar's own path of stream"),
+    Operation("ag-ui", "POST", "/agent/v1/ag-ui", "/v1/ag-ui", STREAM, Kind.AG_UI, "Run the agent over AG-UI, answer as it comes"),
+    Operation("ws", "GET", f"/agent{_V1}/ws", f"{_V1}/ws", STREAM, Kind.DUPLEX, "Run the agent over a WebSocket"),
     Operation("stop", "POST", f"/agent{_V1}/stop", f"{_V1}/stop", STOP, Kind.CONTROL, "Stop a thread's run"),
     Operation("threads.list", "GET", "/agent/v1/threads", "/v1/threads", READ, Kind.LISTING, "List one's threads", PAGING),
     Operation("threads.get", "GET", f"/agent{_THREAD}", _THREAD, READ, Kind.THREAD, "Read a thread"),
@@ -70,6 +85,10 @@ OPERATIONS: Final[tuple[Operation, ...]] = (
               "Read a thread's messages", PAGING),
     Operation("threads.message", "GET", f"/agent{_THREAD}/messages/{{message_id}}", f"{_THREAD}/messages/{{message_id}}",
               READ, Kind.THREAD, "Read one message"),
+    Operation("files.upload", "POST", "/agent/v1/files/upload", "/v1/files/upload", FILES_WRITE, Kind.UPLOAD, "Upload a file"),
+    Operation("files.get", "GET", f"/agent{_FILE}", _FILE, FILES_READ, Kind.FILE, "Read one's file"),
+    Operation("files.info", "GET", f"/agent{_FILE}/info", f"{_FILE}/info", FILES_READ, Kind.FILE_FACTS, "Read a file's facts"),
+    Operation("files.url", "GET", f"/agent{_FILE}/url", f"{_FILE}/url", FILES_READ, Kind.FILE_FACTS, "Read where a file is had"),
     Operation("ping", "GET", "/agent/ping", "/ping", PING, Kind.PLAIN, "Ask the sidecar for a sign of life"),
 )  # fmt: skip
 
@@ -87,11 +106,10 @@ NOT_EXPOSED: Final[dict[tuple[str, str], str]] = {
 """The sidecar's other routes by method and path, each with the reason it has no row. Families follow."""
 
 NOT_EXPOSED_PREFIXES: Final[dict[str, str]] = {
+    "/v1/graph/live": "audio both ways, whose frames name nothing that could be bound or counted",
     "/v1/store": "memories are shared between users of one deployment",
-    "/v1/files": "uploads need a relay that streams request bodies",
     "/v1/config": "describes the deployment",
     "/v1/evals": "an operator's tool",
-    "/v1/ag-ui": "needs its own binding of threadId",
 }
 
 

@@ -19,7 +19,7 @@ MOST_MOMENTS: Final = 10_000
 """The largest amount of a moving window, which keeps every request."""
 OWN_RATE: Final = "requests"
 """The policy whose rate a key's or a token's own rate replaces."""
-RUNS: Final = frozenset(row.name for row in OPERATIONS if row.kind is Kind.RUN)
+RUNS: Final = frozenset(row.name for row in OPERATIONS if row.kind in (Kind.RUN, Kind.AG_UI, Kind.DUPLEX))
 _COSTS: Final = {row.name: row.cost for row in OPERATIONS}
 
 

@@ -1,6 +1,7 @@
-"""HTTP/1.1 towards the client, as uvicorn speaks it, less what a proxy must not take on: pipelining and upgrades.
+"""HTTP/1.1 and WebSockets towards the client, as uvicorn speaks them, less what a proxy must not take on.
 
-Refuses before a request exists; knows nothing of what requests mean.
+That is pipelining, bodies behind an upgrade, and upgrades of what is no WebSocket here. Knows nothing of what requests
+mean.
 """
 
 from collections.abc import Callable
@@ -8,7 +9,13 @@ from typing import Any, Final, override
 
 import pydantic_core
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from proxy.model import DRAIN
+from proxy.operations import OPERATIONS, Kind
+
+_WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
+_KEY_LENGTH: Final = 24  # 16 bytes in base64
 _ANNOUNCE_A_BODY: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -42,6 +49,19 @@ class OneAtATime(HttpToolsProtocol):
         super().on_headers_complete()
 
     @override
+    def _should_upgrade(self) -> bool:
+        """Upgrade a WebSocket's path, when it is asked for as RFC 6455 §4.2.1 says; the rest stays a request."""
+        if self.url.partition(b"?")[0].decode("latin-1") not in _WEBSOCKETS or self.scope["method"] != "GET":
+            return False
+        fields = dict(self.headers)
+        is_complete = (
+            fields.get(b"sec-websocket-version") == b"13"
+            and len(fields.get(b"sec-websocket-key", b"")) == _KEY_LENGTH
+            and self.scope["http_version"] == "1.1"
+        )
+        return is_complete and super()._should_upgrade()
+
+    @override
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request of ours with a problem; in the middle of an answer, cut that instead."""
         if self._is_answering():
@@ -67,3 +87,14 @@ class OneAtATime(HttpToolsProtocol):
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
+
+
+class Conversation(WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, which tells the application that the process is to end rather than closing at once."""
+
+    @override
+    def shutdown(self) -> None:
+        if self.handshake_complete and not self.close_sent and not self.disconnected:
+            self.queue.put_nowait({"type": DRAIN})  # type: ignore[arg-type,misc]  # a message of our own
+        else:
+            super().shutdown()

@@ -4,13 +4,15 @@ Holds no policy of its own; nothing is reachable that is not a row of the operat
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 from urllib.parse import urlencode
 
 from starlette.routing import Route
 
 from proxy.admission import Limits
+from proxy.agui import bind_ag_ui
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream, stop_upstream
@@ -28,7 +30,7 @@ from proxy.model import (
     Send,
     UpstreamRequest,
 )
-from proxy.negotiation import wish_of
+from proxy.negotiation import Wish, wish_of
 from proxy.operations import OPERATIONS, STREAM, Kind, Operation, is_canonical
 from proxy.overload import Overload
 from proxy.relay import Relay, read_body
@@ -60,6 +62,8 @@ class Phases:
     body_rules: BodyRules
     run_deadlines: Deadlines
     query_deadlines: Deadlines
+    others: Mapping[Kind, "Phase"]
+    """The phases of the kinds that have none here."""
 
     async def run(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run, then relay its answer."""
@@ -67,6 +71,14 @@ class Phases:
         body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body, thread_id=thread_id)
         run = self._run(permit, thread_id, lease, scope)
+        await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
+
+    async def ag_ui(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read and bind a run in AG-UI's form, then relay its answer, which is server-sent events already."""
+        raw = await self._read(scope, receive)
+        body, thread_id = bind_ag_ui(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        request = self._upstream(permit, scope, body=body)
+        run = replace(self._run(permit, thread_id, lease, scope), wish=Wish.AS_IT_IS)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,6 +164,8 @@ def _span_attributes(operation: Operation, thread_id: str) -> dict[str, str | in
     return told
 
 
+_RUNS: Final = frozenset({Kind.RUN, Kind.AG_UI})
+
 type Phase = Callable[[Permit, str, Lease, Scope, Receive, Send], Awaitable[None]]
 
 
@@ -161,16 +175,17 @@ class Endpoint:
     def __init__(self, operation: Operation, phases: Phases) -> None:
         self._operation = operation
         self._phases = phases
-        kinds: dict[Kind, Phase] = {
+        kinds: Mapping[Kind, Phase] = {
             Kind.RUN: phases.run,
+            Kind.AG_UI: phases.ag_ui,
             Kind.CONTROL: phases.control,
             Kind.THREAD: phases.thread,
             Kind.LISTING: phases.listing,
             Kind.PLAIN: phases.plain,
         }
-        self._perform = kinds[operation.kind]
+        self._perform = {**kinds, **phases.others}[operation.kind]
         self._relieves = operation.kind is Kind.CONTROL  # what stops a run is welcome when there are too many
-        self._runs = int(operation.kind is Kind.RUN)
+        self._runs = int(operation.kind in _RUNS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope[RECORD]

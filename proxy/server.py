@@ -25,7 +25,7 @@ from proxy.keystore import SqlKeyStore
 from proxy.logs import JsonFormatter, set_level
 from proxy.model import Lifecycle
 from proxy.outages import KeyStoreDown
-from proxy.protocol import OneAtATime
+from proxy.protocol import Conversation, OneAtATime
 from proxy.reload import Reload
 from proxy.settings import Settings
 from proxy.telemetry import Share, begin_telemetry
@@ -217,7 +217,9 @@ def build(
         app,
         loop="uvloop",
         http=partial(OneAtATime, note_refusal=app.state.note_refusal),  # type: ignore[arg-type]  # called, never looked into
-        ws="none",
+        ws=Conversation,
+        ws_max_size=settings.max_body_bytes,
+        ws_per_message_deflate=False,  # a bomb to unpack, and 64 KiB of window for each connection
         lifespan="off",
         access_log=False,
         log_config=None,

@@ -15,6 +15,7 @@ from pydantic import (
     field_validator,
 )
 
+from proxy.exchangesettings import ExchangeSettings
 from proxy.flowsettings import FlowSettings
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
@@ -58,7 +59,7 @@ type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 
 
-class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings, TelemetrySettings):
+class Settings(LimitSettings, FlowSettings, ExchangeSettings, OverloadSettings, TokenSettings, TelemetrySettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
@@ -84,6 +85,9 @@ class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings, Tel
     max_body_bytes: Annotated[int, Field(ge=1024, le=64 << 20, description="largest request body")] = 1 << 20
     body_timeout_seconds: Annotated[Seconds, Field(description="for the whole request body")] = 30
     allow_system_messages: Annotated[bool, Field(description='let callers send role "system"')] = False
+    allow_client_tools: Annotated[bool, Field(description="let AG-UI's callers offer the model tools of their own")] = (
+        False
+    )
     max_recursion_limit: Annotated[int, Field(ge=1, le=100, description="largest recursion_limit")] = 50
     default_thread: Annotated[
         Literal["new", "standing"],

@@ -16,6 +16,7 @@ import pydantic_core
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from proxy.errors import BodyInvalid, ClientProblem, NotFound
+from proxy.handles import Handles, may_name_files, open_handles
 
 SEPARATOR: Final = "~"
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+=-]{0,127}", re.ASCII)
@@ -24,6 +25,8 @@ NAME_RULE: Final = "1 to 128 of A-Z a-z 0-9 _ . : @ + = -, the first a letter, d
 _TELLABLE: Final = 20
 _REMEMBERED_TAGS: Final = 10_000
 STANDING_NAME: Final = "standing"
+_ROLES: Final = frozenset({"user", "assistant", "tool"})
+_ROLES_AND_SYSTEM: Final = frozenset({"user", "assistant", "tool", "system"})
 
 REFUSED_CONFIG: Final = frozenset(
     {"user", "user_id", "authz", "remote_tools", "thread_meta", "resume_data", "realtime"}
@@ -37,11 +40,17 @@ REFUSED_STATE: Final = frozenset({"context", "context_summary", "execution_meta"
 
 @dataclass(frozen=True, slots=True)
 class RunRules:
-    """What a run's body may ask for."""
+    """What a run's body may ask for. Without a `file_secret` no run can name a file."""
 
     allow_system: bool
     max_recursion: int
     standing_thread: bool
+    allow_client_tools: bool = False
+    file_secret: bytes | None = None
+
+    def roles(self) -> frozenset[str]:
+        """Give the roles that a caller's messages may have, in AgentFlow's form."""
+        return _ROLES_AND_SYSTEM if self.allow_system else _ROLES
 
 
 class RunBody(BaseModel):
@@ -148,65 +157,95 @@ def bind_run(raw: bytes, *, tag: str, rules: RunRules, new_name: Callable[[], st
     """
     value = decode_object(raw)
     if "text" in value:
-        short = _validate(ShortBody, value)
-        block = {"type": "text", "text": short.text}
-        request: dict[str, Any] = {"messages": [{"role": "user", "content": [block]}]}
-        config: dict[str, Any] = {"thread_id": short.thread_id}
+        request, config = read_short(value)
     else:
-        body = _validate(RunBody, value)
+        if may_name_files(raw):
+            open_files(value, Handles(tag, rules.file_secret))
+        body = validate_body(RunBody, value)
         request = {key: value[key] for key in value if key != "config"}
-        _check_messages(body.messages, allow_system=rules.allow_system)
-        _check_state(body.initial_state)
-        config = _client_config(body.config)
-    name = STANDING_NAME if rules.standing_thread else None
-    thread_id = qualify(config.get("thread_id"), tag) or f"{tag}{SEPARATOR}{name or new_name()}"
+        check_roles(body.messages, rules.roles())
+        check_state(body.initial_state, "initial_state")
+        config = client_config(body.config)
+    thread_id = thread_or_new(config.get("thread_id"), tag=tag, rules=rules, new_name=new_name)
     request["config"] = config | {"thread_id": thread_id}
-    asked = request.get("recursion_limit") or min(25, rules.max_recursion)
+    request["recursion_limit"] = recursion_limit(request.get("recursion_limit"), rules)
+    return encode_object(request), thread_id
+
+
+def read_short(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the short form: the request that it stands for, and its `config`. Raises BodyInvalid."""
+    short = validate_body(ShortBody, value)
+    block = {"type": "text", "text": short.text}
+    return {"messages": [{"role": "user", "content": [block]}]}, {"thread_id": short.thread_id}
+
+
+def open_files(value: dict[str, Any], handles: Handles) -> None:
+    """Open every handle of a file in a body, but those in `config`, which is the graph's own business."""
+    rest = {name: part for name, part in value.items() if name != "config"}
+    open_handles(rest, handles)
+    value.update(rest)
+
+
+def thread_or_new(value: object, *, tag: str, rules: RunRules, new_name: Callable[[], str]) -> str:
+    """Give the qualified form of the thread that is named, or of the one that is meant where none is."""
+    name = STANDING_NAME if rules.standing_thread else None
+    return qualify(value, tag) or f"{tag}{SEPARATOR}{name or new_name()}"
+
+
+def recursion_limit(asked: int | None, rules: RunRules) -> int:
+    """Give the number of steps that a run may take. Raises BodyInvalid above the deployment's most."""
+    asked = asked or min(25, rules.max_recursion)
     if asked > rules.max_recursion:
         raise BodyInvalid(f"recursion_limit must be at most {rules.max_recursion}.")
-    request["recursion_limit"] = asked
-    return _encode(request), thread_id
+    return asked
 
 
 def bind_control(raw: bytes, *, tag: str) -> tuple[bytes, str]:
     """Bind a body that names a thread at its top; the same results and errors as `bind_run`."""
-    body = _validate(ControlBody, decode_object(raw))
+    body = validate_body(ControlBody, decode_object(raw))
     thread_id = qualify(body.thread_id, tag)
     if thread_id is None:
         raise BodyInvalid("thread_id is required.")
-    config = _client_config(body.config)
+    config = client_config(body.config)
     named = qualify(config.pop("thread_id", None), tag)
     if named not in (None, thread_id):
         raise BodyInvalid("thread_id and config.thread_id must be the same.")
-    return _encode({"thread_id": thread_id, "config": config}), thread_id
+    return encode_object({"thread_id": thread_id, "config": config}), thread_id
 
 
-def _client_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+def client_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Give what of a `config` may go on. Raises BodyInvalid for what steers identity or the graph's inside."""
     kept = {key: value for key, value in (config or {}).items() if key not in OVERWRITTEN_CONFIG}
     refused = sorted(key for key in kept if key in REFUSED_CONFIG or key.startswith("_"))
     if refused:
         raise BodyInvalid(f"config may not set {', '.join(refused[:5])[:200]}.")
-    run_id = kept.get("run_id")
-    if run_id is not None and not (isinstance(run_id, str) and _PLAIN_ID.fullmatch(run_id)):
-        raise BodyInvalid("config.run_id must be 1 to 128 of A-Z a-z 0-9 _ . : -.")
+    check_run_id(kept.get("run_id"), "config.run_id")
     return kept
 
 
-def _check_messages(messages: list[dict[str, Any]], *, allow_system: bool) -> None:
-    roles = {"user", "assistant", "tool"} | ({"system"} if allow_system else set())
+def check_run_id(value: object, where: str) -> None:
+    """Raise BodyInvalid for a run id, the member `where`, that is there and cannot be written into a log as it is."""
+    if value is not None and not (isinstance(value, str) and _PLAIN_ID.fullmatch(value)):
+        raise BodyInvalid(f"{where} must be 1 to 128 of A-Z a-z 0-9 _ . : -.")
+
+
+def check_roles(messages: list[dict[str, Any]], roles: frozenset[str]) -> None:
+    """Raise BodyInvalid for a message with another role."""
     for position, message in enumerate(messages):
         role = message.get("role")
         if not isinstance(role, str) or role not in roles:
             raise BodyInvalid(f"messages[{position}].role must be one of {', '.join(sorted(roles))}.")
 
 
-def _check_state(state: Mapping[str, Any] | None) -> None:
+def check_state(state: Mapping[str, Any] | None, where: str) -> None:
+    """Raise BodyInvalid for a state, the member `where`, that forges history or chooses where the graph starts."""
     refused = sorted(key for key in state or {} if key in REFUSED_STATE or key.startswith("_"))
     if refused:
-        raise BodyInvalid(f"initial_state may not set {', '.join(refused[:5])[:200]}.")
+        raise BodyInvalid(f"{where} may not set {', '.join(refused[:5])[:200]}.")
 
 
-def _validate[Body: BaseModel](model: type[Body], value: dict[str, Any]) -> Body:
+def validate_body[Body: BaseModel](model: type[Body], value: dict[str, Any]) -> Body:
+    """Read a decoded object as `model`. Raises BodyInvalid, which tells the first few faults."""
     if unknown := value.keys() - model.model_fields.keys():
         named = ", ".join(sorted(unknown)[:5])[:200] if len(unknown) <= _TELLABLE else f"{len(unknown)} of them"
         raise BodyInvalid(f"unknown members: {named}.")
@@ -218,7 +257,8 @@ def _validate[Body: BaseModel](model: type[Body], value: dict[str, Any]) -> Body
         raise BodyInvalid("; ".join(told)) from error
 
 
-def _encode(value: dict[str, Any]) -> bytes:
+def encode_object(value: dict[str, Any]) -> bytes:
+    """Write a bound object. Raises BodyInvalid for a number that JSON cannot carry on."""
     encoded = pydantic_core.to_json(value)
     # A number too large for a double was read as infinite, which JSON cannot carry on.
     if b"Infinity" in encoded and not is_finite(value):

@@ -43,7 +43,9 @@ async def reached_by(path: str, method: str, *, direct: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE", "HEAD", "PUT"])
-@pytest.mark.parametrize("path", [*PATHS, *(path.format(thread_id="t", message_id="m") for path in PATHS), *ODD])
+@pytest.mark.parametrize(
+    "path", [*PATHS, *(path.format(thread_id="t", message_id="m", file_id="f") for path in PATHS), *ODD]
+)
 async def test_the_direct_way_leads_where_the_router_does(path: str, method: str) -> None:
     """Whatever is written on the request line, canonical or not."""
     assert await reached_by(path, method, direct=True) == await reached_by(path, method, direct=False)

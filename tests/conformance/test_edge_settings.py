@@ -89,9 +89,10 @@ def test_edge_outwaits_the_proxy(directives: list[dict[str, Any]]) -> None:
 
 def test_proxy_refuses_large_bodies_first(directives: list[dict[str, Any]]) -> None:
     """The edge lets a little more through than the proxy takes, and not much more."""
-    ((most,),) = arguments(directives, "client_max_body_size")
+    (most,), (most_of_a_file,) = arguments(directives, "client_max_body_size")
 
     assert default("max_body_bytes") < amount(most) <= default("max_body_bytes") * 1.1
+    assert default("max_upload_bytes") < amount(most_of_a_file) <= default("max_upload_bytes") * 1.1
     assert f":-{default('max_body_bytes')}}}" in compose("proxy")["environment"]["PROXY_MAX_BODY_BYTES"]
 
 
@@ -132,7 +133,7 @@ def test_edge_exposes_what_the_proxy_serves(directives: list[dict[str, Any]]) ->
         if each["directive"] == "location" and any(line["directive"] == "proxy_pass" for line in each["block"])
     }
 
-    assert handed_on == {*PUBLIC, "/agent/"}
+    assert handed_on == {*PUBLIC, "/agent/", "/agent/v1/files/upload"}
 
 
 def test_edge_and_containers_agree_on_addresses(directives: list[dict[str, Any]]) -> None:

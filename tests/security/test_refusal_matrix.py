@@ -15,7 +15,7 @@ import jwt
 import pytest
 
 from proxy.credentials import make_key
-from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS, SCOPES, Operation
+from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS, SCOPES, Kind, Operation
 from tests.security.wire import Answer, Stub, exchange, head, json_answer, stub_upstream
 from tests.support.principals import Principals
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
@@ -67,7 +67,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     principals = Principals()
     key = principals.key("billing")
     narrow = {scope: principals.key(f"not-{scope.replace(':', '-')}", SCOPES - {scope}) for scope in SCOPES}
-    listing = json_answer(b'{"data":{"threads":[]},"metadata":{}}')
+    listing = json_answer(b'{"data":{"threads":[],"file_id":"f-1"},"metadata":{}}')
     with stub_upstream(lambda _: listing) as stub:
         proxy = start_proxy(
             tmp_path_factory.mktemp("proxy"),
@@ -83,7 +83,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 
 def path_of(row: Operation) -> str:
     """Fill a row's path."""
-    return row.path.format(thread_id="support-42", message_id="m-1")
+    return row.path.format(thread_id="support-42", message_id="m-1", file_id="f-1")
 
 
 def written(row: Operation, fields: Fields, target: str | None = None, method: str | None = None) -> bytes:
@@ -134,7 +134,7 @@ HANDSHAKE: Fields = [
 @ROWS
 def test_a_handshake_is_no_credential(house: House, row: Operation) -> None:
     """A WebSocket's handshake needs a credential like any request, and with a body behind it is no request at all."""
-    answer = house.refused(written(row, HANDSHAKE))
+    answer = house.refused(written(row, HANDSHAKE[:-1] if row.kind is Kind.DUPLEX else HANDSHAKE))
 
     if row.method == "POST":
         assert answer.status == 400
@@ -375,6 +375,11 @@ def aliases(path: str) -> dict[str, str]:
     }
 
 
+def nowhere(row: Operation, spelling: str) -> tuple[int, ...]:
+    """Say how it is told that a spelling leads nowhere: `upload;x=1` may be a file's name, which nobody can POST to."""
+    return (405,) if (row.name, spelling) == ("files.upload", "parameters") else (404,)
+
+
 SAME = {
     "absolute": "http://proxy.test{}",
     "absolute elsewhere": "http://127.0.0.1:9{}",
@@ -401,7 +406,7 @@ def test_no_spelling_of_a_path_is_open(house: House, row: Operation, spelling: s
 
     assert (absent.status, absent.values("www-authenticate")) == (401, NONE)
     assert (invalid.status, invalid.values("www-authenticate")) == (401, INVALID)
-    assert narrow.status in (403, 404)
+    assert narrow.status in (403, *nowhere(row, spelling))
     assert {answer.problem()["status"] for answer in (absent, invalid, narrow)} == {401, narrow.status}
 
 
@@ -413,7 +418,7 @@ def test_another_spelling_leads_nowhere(house: House, row: Operation, spelling: 
 
     answer = house.refused(written(row, bearer(house.token()), target))
 
-    assert (answer.status, answer.problem()["code"]) == (404, "not_found")
+    assert answer.status in nowhere(row, spelling)
     assert answer.values("location") == []
 
 
@@ -447,7 +452,7 @@ def test_no_method_is_open(house: House, row: Operation, method: str) -> None:
 def test_a_method_without_a_row_is_not_allowed(house: House, path: str) -> None:
     """405 tells every method that the path has (RFC 9110, 15.5.6)."""
     allowed = {row.method for row in OPERATIONS if row.path == path}
-    target = path.format(thread_id="support-42", message_id="m-1")
+    target = path.format(thread_id="support-42", message_id="m-1", file_id="f-1")
 
     answers = [
         house.refused(head(method, target, *bearer(house.token()))) for method in METHODS if method not in allowed
@@ -463,7 +468,7 @@ def test_a_method_without_a_row_is_not_allowed(house: House, path: str) -> None:
 def test_what_is_not_exposed_does_not_exist(house: House, route: tuple[str, str]) -> None:
     """The sidecar's other routes are 404 or 405 for whoever has every right, with and without the prefix."""
     method, upstream = route
-    path = upstream.format(thread_id="support-42", message_id="m-1")
+    path = upstream.format(thread_id="support-42", message_id="m-1", file_id="f-1")
 
     answers = [house.refused(head(method, prefix + path, *bearer(house.token()))) for prefix in ("/agent", "")]
 
@@ -513,6 +518,23 @@ def test_what_is_no_request_reaches_nobody(house: House, request_head: bytes) ->
 # And the matrix means something: the same requests with a good credential arrive.
 
 
+FORM = "multipart/form-data; boundary=b"
+BODIES = {
+    "stop": (b'{"thread_id":"support-42"}', "application/json"),
+    "ag-ui": (b'{"threadId":"support-42"}', "application/json"),
+    "files.upload": (b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\nhi\r\n--b--\r\n', FORM),
+}
+
+
+def uploaded(house: House, presented: Fields) -> str:
+    """Upload a file, and give its handle, which is this caller's alone."""
+    body, media = BODIES["files.upload"]
+    fields: Fields = [*presented, ("Content-Length", str(len(body))), ("Content-Type", media)]
+    answer = exchange(house.proxy.url, head("POST", "/agent/v1/files/upload", *fields) + body)
+    handle: str = json.loads(answer.body)["data"]["file_id"]
+    return handle
+
+
 @ROWS
 @pytest.mark.parametrize("kind", ["token", "key", "absolute", "scheme in capitals"])
 def test_the_rightful_caller_gets_through(house: House, row: Operation, kind: str) -> None:
@@ -523,13 +545,21 @@ def test_the_rightful_caller_gets_through(house: House, row: Operation, kind: st
         "absolute": bearer(house.token(scope=None, scopes=[row.scope])),
         "scheme in capitals": [("authorization", f"BEARER {house.token()}")],
     }
-    target = f"http://proxy.test{path_of(row)}" if kind == "absolute" else path_of(row)
-    body = b'{"thread_id":"support-42"}' if row.name == "stop" else b'{"text":"hi"}'
-    framing: Fields = [("Content-Length", str(len(body))), ("Content-Type", "application/json")]
+    path = path_of(row)
+    if "{file_id}" in row.path:
+        everything: Fields = [("x-api-key", house.key)] if kind == "key" else bearer(house.token())
+        path = path.replace("f-1", uploaded(house, everything))
+    target = f"http://proxy.test{path}" if kind == "absolute" else path
+    body, media = BODIES.get(row.name, (b'{"text":"hi"}', "application/json"))
+    framing: Fields = [("Content-Length", str(len(body))), ("Content-Type", media)]
     before = len(house.stub.requests)
 
-    sent = head(row.method, target, *presented[kind], *(framing if row.method == "POST" else []))
+    offered = HANDSHAKE[:-1] if row.kind is Kind.DUPLEX and kind != "absolute" else []
+    sent = head(row.method, target, *presented[kind], *offered, *(framing if row.method == "POST" else []))
     answer = exchange(house.proxy.url, sent + (body if row.method == "POST" else b""))
 
+    if row.kind is Kind.DUPLEX:  # the upstream here is none, which only whoever got to it hears; others are told to ask
+        assert (answer.status, len(house.stub.requests) - before) == ((502, 1) if offered else (426, 0))
+        return
     assert answer.status == 200
     assert len(house.stub.requests) == before + 1

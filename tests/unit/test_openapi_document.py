@@ -1,16 +1,23 @@
 """The OpenAPI page: valid in shape, and the whole table is on it."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema
 import pytest
 
+from proxy.agui import bind_ag_ui
 from proxy.openapi import describe
 from proxy.operations import OPERATIONS, Kind, Operation
 from proxy.tenancy import RunRules, bind_control, bind_run
 
 ROWS = pytest.mark.parametrize("row", OPERATIONS, ids=lambda row: f"{row.method} {row.path}")
+BINDINGS: dict[Kind, Callable[[bytes, RunRules], tuple[bytes, str]]] = {
+    Kind.RUN: lambda raw, rules: bind_run(raw, tag="t", rules=rules, new_name=lambda: "new"),
+    Kind.AG_UI: lambda raw, rules: bind_ag_ui(raw, tag="t", rules=rules, new_name=lambda: "new"),
+    Kind.CONTROL: lambda raw, rules: bind_control(raw, tag="t"),
+}
 MEDIA = {
     "type": "object",
     "additionalProperties": {
@@ -133,10 +140,13 @@ def test_every_row_is_there(row: Operation) -> None:
     in_path = {each["name"] for each in page["parameters"] if each["in"] == "path"}
     assert in_path == {part[1:-1] for part in row.path.split("/") if part.startswith("{")}
     assert {each["name"] for each in page["parameters"] if each["in"] == "query"} == row.query
-    media = "text/event-stream" if row.name == "stream" else "application/json"
-    assert list(page["responses"]["200"]["content"]) == [media]
-    assert ("requestBody" in page) == (row.kind in (Kind.RUN, Kind.CONTROL))
-    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"])
+    media = {"stream": "text/event-stream", "ag-ui": "text/event-stream", "files.get": "*/*"}
+    assert page["tags"] in (["invoke"], ["stream"], ["ping"], ["v1"], ["threads"], ["ag-ui"], ["files"], ["ws"])
+    if row.kind is Kind.DUPLEX:
+        assert "101" in page["responses"]
+        return
+    assert list(page["responses"]["200"]["content"]) == [media.get(row.name, "application/json")]
+    assert ("requestBody" in page) == (row.method == "POST")
 
 
 def test_nothing_else_is_there() -> None:
@@ -172,7 +182,9 @@ def test_either_credential_does() -> None:
 @ROWS
 def test_refusals_are_problems(row: Operation) -> None:
     """Every answer but the good one is a problem of RFC 9457."""
-    refusals = {status: answer for status, answer in described(row)["responses"].items() if status != "200"}
+    refusals = {
+        status: answer for status, answer in described(row)["responses"].items() if status not in ("101", "200")
+    }
 
     assert {"400", "401", "403", "404", "429", "502", "503", "504"} <= set(refusals)
     for answer in refusals.values():
@@ -186,15 +198,10 @@ def test_the_examples_work(row: Operation) -> None:
     examples = content.get("application/json", {}).get("examples", {})
     rules = RunRules(allow_system=False, max_recursion=50, standing_thread=False)
 
-    bound = [
-        bind_run(json.dumps(example["value"]).encode(), tag="t", rules=rules, new_name=lambda: "new")[1]
-        if row.kind is Kind.RUN
-        else bind_control(json.dumps(example["value"]).encode(), tag="t")[1]
-        for example in examples.values()
-    ]
+    bound = [BINDINGS[row.kind](json.dumps(example["value"]).encode(), rules)[1] for example in examples.values()]
 
     assert bound == ["t~support-42"] * len(examples)
-    assert len(examples) == {Kind.RUN: 2, Kind.CONTROL: 1}.get(row.kind, 0)
+    assert len(examples) == {Kind.RUN: 2, Kind.AG_UI: 1, Kind.CONTROL: 1}.get(row.kind, 0)
 
 
 def test_the_documents_are_equal_and_apart() -> None:

@@ -15,6 +15,7 @@ from proxy.operations import (
     OPERATIONS,
     PAGING,
     SCOPES,
+    STREAM,
     USUAL_SCOPES,
     Kind,
     Operation,
@@ -55,7 +56,8 @@ def test_the_kind_of_a_row_is_how_its_thread_is_bound(row: Operation) -> None:
     in_path = "thread_id" in names_in(row.path)
 
     assert in_path == (row.kind is Kind.THREAD)
-    assert (row.method == "POST") == (row.kind in (Kind.RUN, Kind.CONTROL))
+    assert ("file_id" in names_in(row.path)) == (row.kind in (Kind.FILE, Kind.FILE_FACTS))
+    assert (row.method == "POST") == (row.kind in (Kind.RUN, Kind.AG_UI, Kind.CONTROL, Kind.UPLOAD))
     assert (row.kind is Kind.LISTING) == (row.upstream == "/v1/threads")
     assert (row.kind is Kind.PLAIN) == (row.upstream == "/ping")
 
@@ -94,7 +96,9 @@ def test_deleting_and_stopping_need_scopes_of_their_own(row: Operation) -> None:
     """Who may read may not delete, and who may run may not stop."""
     sharing = {other.name for other in OPERATIONS if other.scope == row.scope}
 
-    if row.name in {"invoke", "stream", "stop", "threads.delete", "ping"}:
+    if row.scope == STREAM:
+        assert sharing == {"stream", "ag-ui", "ws"}  # one right, in whichever protocol
+    elif row.name in {"invoke", "stop", "threads.delete", "files.upload", "ping"}:
         assert sharing == {row.name}
     else:
         assert row.method == "GET"

@@ -121,7 +121,7 @@ def test_plans_are_remembered_and_bounded() -> None:
         ('[[policies]]\nname = "a"\nrate = "10001/day"\nstrategy = "moving"', ["at most 10000"]),
         ('[[policies]]\nname = "a"\nrate = "1/day"\ntiers = { gold = "x" }', ["must be `off` or amounts"]),
         ('[[policies]]\nname = "a"\nconcurrency = 1\ntiers = { gold = 0 }', ["a number of runs"]),
-        ('[[policies]]\nname = "a"\nrate = "1/day"\noperations = ["fly"]', ["must be some of invoke"]),
+        ('[[policies]]\nname = "a"\nrate = "1/day"\noperations = ["fly"]', ["must be some of"]),
         ('[[policies]]\nname = "a"\nrate = "1/day"\nshadow = "yes"', ["policies.0.shadow: "]),
         ('[[policies]]\nname = "a"\nrate = "1/day"\nlimit = 3', ["policies.0.limit: "]),
         ('[[policies]]\nname = "a"\nrate = "1/day"\n' * 2, ["two policies are named a"]),

@@ -1,0 +1,173 @@
+"""Two ends that talk: one client and one sidecar on a WebSocket each, until either closes or time is up.
+
+Knows no caller and no rule: what the client says is admitted, or refused, by a function that it is given.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import Close
+
+from proxy.errors import BudgetSpentMidway, ClientLeft, ClientProblem
+from proxy.frames import ends_a_run, error_frame, is_error
+from proxy.framing import ErrorLines
+from proxy.model import DRAIN, Lease, Receive, Send
+from proxy.outages import Draining, RunDeadline, UpstreamCut, UpstreamMalformed
+from proxy.runs import Spending
+
+GOING_AWAY: Final = 1001
+IDLE: Final = "idle"
+"""The reason of a close for silence."""
+_NORMAL: Final = 1000
+_REFUSALS_THAT_END: Final = frozenset({401, 403})
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One run of a conversation: what it spends, and the place it holds."""
+
+    spending: Spending
+    lease: Lease
+
+    def end(self) -> None:
+        """Charge the rest, and give the place back."""
+        self.spending.settle()
+        self.lease.release()
+
+
+@dataclass(slots=True)
+class Conversation:
+    """One client and one sidecar that talk; `admit` binds what the client says, or raises a Problem."""
+
+    upstream: ClientConnection
+    receive: Receive
+    send: Send
+    admit: Callable[[bytes], Awaitable[tuple[bytes, "Turn"]]]
+    stop_over_budget: bool
+    errors: ErrorLines
+    request_id: str
+    _turns: deque["Turn"] = field(default_factory=deque)
+    """The runs that were asked for and have not ended, the oldest first: the sidecar runs them one by one."""
+    _draining: bool = False
+    _active: float = 0.0
+
+    async def until_closed(self, *, idle: float, total: float) -> Close:
+        """Carry until one end closes; give the close that the client is to see. Raises a Problem."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + total
+        self._active = loop.time()
+        tasks = {asyncio.create_task(self._up()), asyncio.create_task(self._down())}
+        try:
+            while True:
+                due = min(end, self._active + idle)
+                done, _ = await asyncio.wait(tasks, timeout=due - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+                if done:
+                    return done.pop().result()
+                if loop.time() >= end:
+                    raise RunDeadline
+                if loop.time() >= self._active + idle:
+                    return Close(GOING_AWAY, IDLE)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            while self._turns:
+                self._turns.popleft().end()
+            await self._part()
+
+    async def _up(self) -> Close:
+        """Carry what the client says. Raises ClientLeft when it closed, Draining when we are to end."""
+        while True:
+            message = await self.receive()
+            if message["type"] == "websocket.disconnect":
+                code, reason = message.get("code", GOING_AWAY), message.get("reason") or ""
+                close = Close(code if is_sendable(code) else GOING_AWAY, reason)
+                await self._close_upstream(close)
+                if "reason" in message:  # it said goodbye
+                    return close
+                raise ClientLeft
+            if message["type"] == DRAIN:
+                self._draining = True
+                if not self._turns:
+                    raise Draining
+            else:
+                await self._say(message)
+
+    async def _say(self, message: Mapping[str, Any]) -> None:
+        text = message.get("text")
+        self._active = asyncio.get_running_loop().time()
+        try:
+            if self._draining:
+                raise Draining
+            bound, turn = await self.admit(text.encode() if text is not None else message["bytes"])
+        except ClientProblem as problem:
+            if problem.status in _REFUSALS_THAT_END:
+                raise
+            await self.send({"type": "websocket.send", "text": error_frame(problem, request_id=self.request_id)})
+            return
+        self._turns.append(turn)
+        with contextlib.suppress(ConnectionClosed):  # the other task tells of it
+            await self.upstream.send(bound.decode() if text is not None else bound)
+
+    async def _down(self) -> Close:
+        """Carry what the sidecar says; give its close. Raises Draining after a run when we are to end."""
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                said = await self.upstream.recv()
+                if isinstance(said, str):
+                    await self.send({"type": "websocket.send", "text": self._safe(said)})
+                    self._account(said)
+                else:
+                    await self.send({"type": "websocket.send", "bytes": said})
+                self._active = loop.time()
+        except ConnectionClosed as error:
+            return self._closed(error)
+        except OSError as error:  # what uvicorn raises when the client is gone
+            raise ClientLeft from error
+
+    def _safe(self, said: str) -> str:
+        """Give what the client may hear of an error; anything else as it is."""
+        if '"error"' not in said:
+            return said
+        return self.errors.safe(said.encode())[0].decode() if is_error(said) else said
+
+    def _account(self, said: str) -> None:
+        """Charge what a run has used. Raises BudgetSpentMidway, or Draining after a run when we are to end."""
+        if not self._turns:
+            return
+        turn = self._turns[0]
+        in_budget = turn.spending.take(said.encode() + b"\n")
+        if ('"done"' in said or '"error"' in said) and ends_a_run(said):
+            self._turns.popleft().end()
+            if self._draining and not self._turns:
+                raise Draining
+        elif not in_budget and self.stop_over_budget:
+            raise BudgetSpentMidway
+
+    def _closed(self, error: ConnectionClosed) -> Close:
+        if error.rcvd is None:
+            if error.sent is not None:
+                raise UpstreamMalformed(reason=f"closed {error.sent.code}") from error
+            raise UpstreamCut(reason="end of file") from error
+        code = error.rcvd.code
+        return Close(code if is_sendable(code) else _NORMAL, error.rcvd.reason)
+
+    async def _part(self) -> None:
+        """Say goodbye to the sidecar, if nobody has; it does not wait for an answer longer than a second."""
+        await self._close_upstream(Close(GOING_AWAY, ""))
+
+    async def _close_upstream(self, close: Close) -> None:
+        with contextlib.suppress(ConnectionClosed, OSError):
+            await self.upstream.close(close.code, close.reason)
+
+
+def is_sendable(code: int) -> bool:
+    """Say whether a close code may be written into a frame (RFC 6455 §7.4, and the registry that it opens)."""
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999  # noqa: PLR2004  the RFC's own ranges

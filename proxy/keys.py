@@ -66,6 +66,13 @@ def parse_keys(text: str) -> tuple[StoredKey, ...]:
     return _different([_key_of(entry) for entry in entries])
 
 
+def parse_import(text: str) -> tuple[StoredKey, ...]:
+    """Read keys in either form; the first line that is neither blank nor a remark tells which. Raises ValueError."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    return parse_digest_lines(text) if first.startswith("sha256:") else parse_keys(text)
+
+
 def parse_digest_lines(text: str) -> tuple[StoredKey, ...]:
     """Read keys from lines of `sha256:<id>:<hex> <name> <scope>,<scope>`. Raises ValueError at the first fault."""
     keys: list[StoredKey] = []

@@ -39,7 +39,7 @@ class Reload:
         try:
             settings = load(self._environment)
         except SettingsError as error:
-            fields = {"problems": error.problems}
+            fields: dict[str, object] = {"problems": error.problems}
             log.error("settings.reload_refused", extra={"fields": fields})  # noqa: TRY400  the problems say it all
             return
         before, self._settings = self._settings, settings

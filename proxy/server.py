@@ -32,6 +32,8 @@ from proxy.settings import Settings
 from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
+_LINGER_TICKS: Final = 300
+"""A client may take the rest of an ended answer for 30 to 60 s; uvicorn ticks ten times a second."""
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
 _EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
@@ -163,6 +165,14 @@ class Server(uvicorn.Server):
     def _close(self) -> None:
         self._lifecycle.draining = True
         self.should_exit = True
+
+    @override
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _LINGER_TICKS == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, OneAtATime):
+                    connection.give_up_closing()
+        return await super().on_tick(counter)
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

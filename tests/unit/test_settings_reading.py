@@ -24,6 +24,9 @@ VALUES = {
 LEAST = {"PROXY_AGENT_SECRET": AGENT, "PROXY_JWT_SECRET": JWT}
 SECONDS = ["0", "-1", "86401", "nan", "inf", "soon"]
 BAD: dict[str, list[str]] = {
+    "max_loop_lag_seconds": ["0", "-1", "61", "nan", "late"],
+    "max_open_runs": ["0", "-1", "1.5", "many"],
+    "tiers": ["gold,gold", "bronze,,gold", "a b", ",", "a,b,c,d,e,f,g", "-"],
     "port": ["-1", "65536", "http", "80.5"],
     "agent_url": [
         "127.0.0.1:8001",
@@ -83,6 +86,11 @@ BAD: dict[str, list[str]] = {
     "idle_timeout_seconds": SECONDS,
     "total_timeout_seconds": SECONDS,
     "query_timeout_seconds": SECONDS,
+    "heartbeat_seconds": ["-1", "3601", "x"],
+    "max_line_bytes": ["1023", "67108865", "x"],
+    "error_detail": ["all", "SAFE"],
+    "stop_on_disconnect": ["x", "2"],
+    "stop_over_budget": ["x", "2"],
     "pool_connections": ["0", "65537", "x"],
     "pool_idle_connections": ["-1", "65537", "x"],
     "pool_idle_seconds": SECONDS,

@@ -25,10 +25,10 @@ from benchmarks.contenders.ours import environment
 from benchmarks.processes import choose_cores
 from benchmarks.tokens import make_body, make_token
 from proxy.accesslog import AccessLog
+from proxy.admission import Limits
 from proxy.app import create_app
 from proxy.authentication import Authentication, Authenticator
 from proxy.environment import load
-from proxy.limits import RateLimit
 from proxy.logs import configure_logging
 from proxy.relay import Relay
 from proxy.settings import Settings
@@ -43,7 +43,7 @@ TIMED: tuple[tuple[str, Any, str], ...] = (
     ("authentication: recall", Authenticator, "recall"),
     ("policy: authorize", proxy.routes, "authorize"),
     ("limit: the caller's tag", proxy.routes, "tag_of"),
-    ("limit: spend and its headers", RateLimit, "spend"),
+    ("limit: admit and its headers", Limits, "admit"),
     ("body: read", proxy.routes, "read_body"),
     ("tenancy: bind the body", proxy.routes, "bind_run"),
     ("forward: internal identity", InternalIdentity, "token"),

@@ -151,7 +151,7 @@ class SharedTier:
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[None]:
         """Tell Redis what it must know, as long as the context lasts."""
-        await self._tell()
+        await self._tell(try_first=True)
         task = asyncio.create_task(self._watch())
         try:
             yield
@@ -182,11 +182,12 @@ class SharedTier:
             except Exception as error:  # noqa: BLE001  the edge of this task: dead, leases would run out
                 self._lose(type(error).__name__)
 
-    async def _tell(self) -> None:
+    async def _tell(self, *, try_first: bool = False) -> None:
         """Tell what is due; while Redis is given up, try it first, and take it back when everything is told."""
         try:
             if self.is_down:
                 await self._courier.disconnect()
+            if self.is_down or try_first:
                 await self._ask([f"{self._prefix}:{{probe}}"], "take", "probe", _PROBE)
             if self.is_down or self._ticks() - self._renewed >= self._renew_seconds:
                 await self._hold_on()

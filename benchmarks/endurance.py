@@ -97,7 +97,7 @@ class Subject:
     async def come_to(self, descriptors: int, seconds: float = 20) -> bool:
         """Wait until no more than so many descriptors are open."""
         limit = time.monotonic() + seconds
-        while self.descriptors() > descriptors and time.monotonic() < limit:
+        while self.descriptors() > descriptors and time.monotonic() < limit:  # noqa: ASYNC110  another process
             await asyncio.sleep(0.05)
         return self.descriptors() <= descriptors
 
@@ -172,9 +172,8 @@ async def cancellations(one: Subject, *, count: int, at_once: int, seed: int = 1
 
 async def crowd(one: Subject, *, idle: int, streams: int) -> dict[str, float]:
     """Hold idle connections and live streams at once, and give what an invoke takes beside them."""
-    before, held = one.memory(), []
-    for _ in range(idle):
-        held.append(await one.connect())
+    before = one.memory()
+    held = [await one.connect() for _ in range(idle)]
     with_idle = one.memory()
     for _ in range(streams):
         reader, writer = await one.connect()

@@ -9,7 +9,9 @@
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `limits`          charges the caller's quota (`windows`), or refuses.
+5.  `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
+                      on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
+                      (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
@@ -22,6 +24,6 @@
 
 `listing` filters the one answer that is made here. `model`, `errors`, `outages` and `ends` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings`, `tokensettings` and `flowsettings`, which `environment` reads, `app`, `openapi`, `server` (with
-`protocol`), `cli` and `dev` build the house and open the door.
+`settings`, `tokensettings`, `limitsettings` and `flowsettings`, which `environment` reads and `reload` reads again,
+`app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and `dev` build the house and open the door.
 """

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
+from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -29,7 +30,7 @@ from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
 from proxy.runs import Runs
 from proxy.settings import Settings
-from proxy.tenancy import RunRules
+from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
 
@@ -76,10 +77,14 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
+    secret = thread_secret(settings)
+    limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
     upstream = upstream or make_pool(settings)
     runs = Runs(upstream, settings.flow_rules())
-    operations = routes(_phases(settings, Relay(upstream, runs, settings.flow_rules()), clock))
-    app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
+    relay = Relay(upstream, runs, settings.flow_rules())
+    operations = routes(_phases(settings, limits, relay, clock))
+    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
+    app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
@@ -92,15 +97,16 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store, runs)
+    app.state.background = lambda: _background(keys, store, limits, runs)
+    app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None, runs: Runs) -> AsyncGenerator[None]:
+async def _background(keys: KeyCache, store: SqlKeyStore | None, limits: Limits, runs: Runs) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     try:
-        async with keys.watching():
+        async with keys.watching(), limits.watching():
             yield
     finally:
         await runs.close(_LAST_STOPS_SECONDS)
@@ -114,15 +120,15 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, relay: Relay, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float]) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
-        rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
+        limits=limits,
         relay=relay,
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),
-        thread_secret=_thread_secret(settings),
+        thread_secret=thread_secret(settings),
         new_name=lambda: uuid.uuid4().hex,
         run_rules=RunRules(
             allow_system=settings.allow_system_messages,
@@ -165,7 +171,7 @@ def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier |
     return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
 
 
-def _thread_secret(settings: Settings) -> bytes:
+def thread_secret(settings: Settings) -> bytes:
     """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
     if settings.thread_secret is not None:
         return settings.thread_secret.get_secret_value().encode()

@@ -41,7 +41,7 @@ class KeyCache:
         most: int = MOST_KEYS,
     ) -> None:
         self._store = store
-        self._pinned = {key.id: key for key in pinned}
+        self.pin(pinned)
         self._grace = grace
         self._clock = clock
         self._ticks = ticks
@@ -53,6 +53,10 @@ class KeyCache:
         self._seen = -1
         self._heard = ticks()
         self._down_since: float | None = None
+
+    def pin(self, keys: Iterable[StoredKey]) -> None:
+        """Know these keys always, and no longer those that were pinned before."""
+        self._pinned = {key.id: key for key in keys}
 
     def recall(self, key_id: str) -> StoredKey | None:
         """Give the key if it is known here, and the store was heard of recently enough to trust that."""
@@ -137,7 +141,7 @@ class KeyCache:
                 try:
                     await self._write_uses()
                 except Exception as error:  # noqa: BLE001  the edge of this task: dead, it would write no use any more
-                    log.error("key_uses.lost", extra={"fields": {"reason": type(error).__name__}})  # noqa: TRY400  its text may hold values
+                    log.warning("key_uses.lost", extra={"fields": {"reason": type(error).__name__}})
 
     async def _write_uses(self) -> None:
         uses, self._uses = self._uses, {}

@@ -20,7 +20,7 @@ from typing import Any, Final
 from proxy import audit
 from proxy.credentials import KeyParts, make_key, parse_key
 from proxy.environment import SettingsError, load_key_settings
-from proxy.keys import parse_digest_lines, parse_keys, read_entry
+from proxy.keys import parse_import, read_entry
 from proxy.keystore import KeyRefusedError, SqlKeyStore
 from proxy.model import StoredKey
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
@@ -147,8 +147,7 @@ async def rotate(store: SqlKeyStore, options: argparse.Namespace, now: int) -> N
 async def import_keys(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
     """Write the keys of a file; what is not in it stays."""
     text = options.file.read()
-    read = parse_digest_lines if text.lstrip().startswith("sha256:") else parse_keys
-    keys = [dataclasses.replace(key, created=now, created_by=options.by) for key in read(text)]
+    keys = [dataclasses.replace(key, created=now, created_by=options.by) for key in parse_import(text)]
     outcomes = await store.add(keys)
     for key in keys:
         if outcomes[key.id] != "unchanged":
@@ -187,7 +186,10 @@ def _running(command: Command) -> Callable[[argparse.Namespace], int]:
 
 
 async def _perform(command: Command, url: str, options: argparse.Namespace) -> None:
-    store = SqlKeyStore(url, patience=PATIENCE)
+    try:
+        store = SqlKeyStore(url, patience=PATIENCE)
+    except ValueError as error:
+        raise SettingsError([f"PROXY_DATABASE_URL: {error}"]) from error
     try:
         if command is not migrate and not await store.is_migrated():
             raise KeyRefusedError(MIGRATE_FIRST)

@@ -34,6 +34,7 @@ class Principal:
 
     `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
     `caller` is who is charged where that is not the namespace: a tenant's member, or who acts `on_behalf_of` a user.
+    `tenant` is the tenant's namespace, empty without one.
     `key_id` is the API key's, empty for a token; `rate` replaces the deployment's own, in its notation.
     """
 
@@ -46,6 +47,7 @@ class Principal:
     rate: str | None = None
     key_id: str = ""
     caller: str = ""
+    tenant: str = ""
     on_behalf_of: str | None = None
 
     @property
@@ -103,7 +105,8 @@ class Usage:
 class Record:
     """What is known of one request so far; filled along its way, written as the access line at its end.
 
-    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out.
+    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out. While the
+    run `goes_on` upstream without its client, its lease is held.
     """
 
     request_id: bytes
@@ -120,6 +123,7 @@ class Record:
     fault: str = ""
     answer_fields: Headers = field(default_factory=list)
     usage: Usage | None = None
+    goes_on: bool = False
 
 
 RECORD: Final = "agentflow_proxy.record"
@@ -169,19 +173,6 @@ class FlowRules:
     stop_over_budget: bool
 
 
-class Lease(Protocol):
-    """What a request was admitted with; held until its run upstream has ended."""
-
-    fields: Headers
-    """The RateLimit fields of the answer."""
-
-    def charge(self, tokens: int, *, estimated: bool) -> bool:
-        """Charge model tokens; False: the budget is spent."""
-
-    def release(self) -> None:
-        """Give back what was held: the run upstream has ended. Asked again, does nothing; never blocks."""
-
-
 class Exchange(Protocol):
     """One answer from upstream, its body still coming."""
 
@@ -223,6 +214,19 @@ class Upstream(Protocol):
 
     async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
         """Send `request`, and wait for nothing more; the exchange must be read to its end or abandoned."""
+
+
+class Lease(Protocol):
+    """A request's admission, and the slots it holds until its run upstream has ended."""
+
+    fields: Headers
+    """The RateLimit fields of the answer."""
+
+    def charge(self, tokens: int, *, estimated: bool) -> bool:
+        """Charge model tokens that were used; give whether the budgets still have some left."""
+
+    def release(self) -> None:
+        """Free the slots: the run upstream has ended. Asked again, nothing; never blocks."""
 
 
 class KeyStore(Protocol):

@@ -56,6 +56,13 @@ class KeysUnavailable(Unavailable):
     title = "The credential cannot be proven now"
 
 
+class LimitsUnavailable(Unavailable):
+    """Redis does not answer, and PROXY_LIMITS_WITHOUT_REDIS says to refuse then."""
+
+    code = "limits_unavailable"
+    title = "Limits cannot be counted now"
+
+
 class UpstreamProblem(Problem):
     """The sidecar was at fault."""
 

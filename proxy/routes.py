@@ -10,10 +10,10 @@ from urllib.parse import urlencode
 
 from starlette.routing import Route
 
+from proxy.admission import Limits
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream, stop_upstream
-from proxy.limits import NoLease, RateLimit
 from proxy.listing import Gathering, encode_listing, page_of, select
 from proxy.model import (
     RECORD,
@@ -49,7 +49,7 @@ class BodyRules:
 class Phases:
     """The phases of every operation, with what they need; one method for each kind of operation."""
 
-    rate: RateLimit
+    limits: Limits
     relay: Relay
     identity: InternalIdentity
     thread_secret: bytes
@@ -163,8 +163,13 @@ class Endpoint:
         secret = self._phases.thread_secret
         tag = tag_of(principal.namespace, secret)
         payer = tag_of(principal.caller, secret) if principal.caller else tag
-        record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
-        await self._perform(permit, tag, NoLease(record.answer_fields), scope, receive, send)
+        lease = await self._phases.limits.admit(principal, payer, self._operation)
+        record.answer_fields = lease.fields
+        try:
+            await self._perform(permit, tag, lease, scope, receive, send)
+        finally:
+            if not record.goes_on:
+                lease.release()
 
 
 class CanonicalPaths:

@@ -107,6 +107,7 @@ class Runs:
         keep = run.wish is None and not exchange.ended
         if keep:
             self._kept[run] = exchange
+            run.record.goes_on = True
             self._go(self._keep(run, exchange, lease, seconds))
         if keep or (run.wish is not None and self._rules.stop_on_disconnect):
             self.stop(run)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.ends import End
-from proxy.limits import NoLease
+from proxy.leases import NoLease
 from proxy.model import Deadlines, FlowRules, Headers, Record, UpstreamRequest
 from proxy.negotiation import Wish
 from proxy.runs import Run, Spending

@@ -268,7 +268,7 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with tempfile.TemporaryDirectory(prefix="endurance-") as name:
         for title, figures in asyncio.run(measure(Path(name))):
-            told = ", ".join(f"{key} {value:,.2f}".removesuffix(".00") for key, value in figures.items())
+            told = ", ".join(f"{key} {value:,.{0 if value == int(value) else 3}f}" for key, value in figures.items())
             print(f"| {title} | {told} |", flush=True)
     return 0
 

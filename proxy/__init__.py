@@ -9,7 +9,8 @@
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
+5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
+    `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
                       on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
                       (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
@@ -23,7 +24,8 @@
 11. `observability`   writes the access line.
 
 `listing` filters the one answer that is made here. `model`, `errors`, `outages` and `ends` hold what travels;
-`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings`, `tokensettings`, `limitsettings` and `flowsettings`, which `environment` reads and `reload` reads again,
-`app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and `dev` build the house and open the door.
+`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
+of which `notices` tell every proxy. `settings`, `tokensettings`, `limitsettings`, `flowsettings` and
+`overloadsettings`, which `environment` reads and `reload` reads again, `app`, `openapi`, `server` (with `protocol`),
+`cli`, `limitcommands` and `dev` build the house and open the door.
 """

@@ -7,7 +7,7 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, override
 
 from fastapi import FastAPI
@@ -23,7 +23,9 @@ from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
+from proxy.notices import Notices
 from proxy.observability import Observability
+from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
@@ -77,12 +79,13 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
+    overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
     upstream = upstream or make_pool(settings)
     runs = Runs(upstream, settings.flow_rules())
     relay = Relay(upstream, runs, settings.flow_rules())
-    operations = routes(_phases(settings, limits, relay, clock))
+    operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
     app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
@@ -97,21 +100,31 @@ def create_app(
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store, limits, runs)
+    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs)
     app.state.limits, app.state.keys = limits, keys
     return app
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None, limits: Limits, runs: Runs) -> AsyncGenerator[None]:
+async def _background(
+    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, limits: Limits, overload: Overload, runs: Runs
+) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
+    listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
-        async with keys.watching(), limits.watching():
+        async with overload.watching(), keys.watching(), listening, limits.watching():
             yield
     finally:
         await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
+
+
+def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
+    """Hear of changed keys at once where there is Redis to hear it from."""
+    if settings.redis_url is None:
+        return nullcontext()
+    return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
 def _lack(settings: Settings, keys: KeyCache) -> str:
@@ -120,9 +133,10 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float], overload: Overload) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
+        overload=overload,
         limits=limits,
         relay=relay,
         identity=InternalIdentity(

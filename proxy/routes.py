@@ -30,6 +30,7 @@ from proxy.model import (
 )
 from proxy.negotiation import wish_of
 from proxy.operations import OPERATIONS, STREAM, Kind, Operation, is_canonical
+from proxy.overload import Overload
 from proxy.relay import Relay, read_body
 from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
@@ -49,6 +50,7 @@ class BodyRules:
 class Phases:
     """The phases of every operation, with what they need; one method for each kind of operation."""
 
+    overload: Overload
     limits: Limits
     relay: Relay
     identity: InternalIdentity
@@ -139,7 +141,7 @@ type Phase = Callable[[Permit, str, Lease, Scope, Receive, Send], Awaitable[None
 
 
 class Endpoint:
-    """An ASGI endpoint for one row of the table: authorize, charge, then the phases of its kind."""
+    """An ASGI endpoint for one row of the table: authorize, ask for room, charge, then the phases of its kind."""
 
     def __init__(self, operation: Operation, phases: Phases) -> None:
         self._operation = operation
@@ -152,6 +154,8 @@ class Endpoint:
             Kind.PLAIN: phases.plain,
         }
         self._perform = kinds[operation.kind]
+        self._relieves = operation.kind is Kind.CONTROL  # what stops a run is welcome when there are too many
+        self._runs = int(operation.kind is Kind.RUN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope[RECORD]
@@ -160,14 +164,19 @@ class Endpoint:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
         permit = authorize(principal, self._operation)
+        overload = self._phases.overload
+        if not self._relieves:
+            overload.require_room(principal.tier)
         secret = self._phases.thread_secret
         tag = tag_of(principal.namespace, secret)
         payer = tag_of(principal.caller, secret) if principal.caller else tag
         lease = await self._phases.limits.admit(principal, payer, self._operation)
         record.answer_fields = lease.fields
+        overload.open_runs += self._runs
         try:
             await self._perform(permit, tag, lease, scope, receive, send)
         finally:
+            overload.open_runs -= self._runs
             if not record.goes_on:
                 lease.release()
 

@@ -16,8 +16,9 @@ from pydantic import (
 from proxy.flowsettings import FlowSettings
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
-from proxy.limitsettings import LimitSettings
+from proxy.limitsettings import LimitSettings, RedisUrl
 from proxy.model import Deadlines, StoredKey
+from proxy.overloadsettings import OverloadSettings
 from proxy.tokensettings import Seconds, TokenSettings
 
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
@@ -43,7 +44,7 @@ type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 
 
-class Settings(LimitSettings, FlowSettings, TokenSettings):
+class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
@@ -128,3 +129,5 @@ class KeySettings(BaseModel):
 
     database_url: DatabaseUrl
     audit_file: Path | None = None
+    redis_url: RedisUrl | None = None
+    redis_prefix: str = "agentflow-proxy"

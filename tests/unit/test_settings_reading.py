@@ -24,6 +24,9 @@ VALUES = {
 LEAST = {"PROXY_AGENT_SECRET": AGENT, "PROXY_JWT_SECRET": JWT}
 SECONDS = ["0", "-1", "86401", "nan", "inf", "soon"]
 BAD: dict[str, list[str]] = {
+    "max_loop_lag_seconds": ["0", "-1", "61", "nan", "late"],
+    "max_open_runs": ["0", "-1", "1.5", "many"],
+    "tiers": ["gold,gold", "bronze,,gold", "a b", ",", "a,b,c,d,e,f,g", "-"],
     "port": ["-1", "65536", "http", "80.5"],
     "agent_url": [
         "127.0.0.1:8001",

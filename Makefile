@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make dev` runs everything, `make test` tests everything.
 .DEFAULT_GOAL := help
-.PHONY: help dev test check bench bench-quick bench-phases bench-prove bench-callgrind lock clean
+.PHONY: help dev test check bench bench-quick bench-phases bench-prove bench-callgrind bench-endurance lock clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -37,6 +37,9 @@ bench-phases: $(STAMP) ## Measure what each phase of an invoke costs.
 
 bench-prove: .bench/.installed $(STAMP) ## Prove that contenders check tokens and count callers.
 	$(BENCH) -m benchmarks.prove
+
+bench-endurance: $(STAMP) ## Measure memory, leaks and drain; the table of docs/streaming.md.
+	$(BIN)/python -m benchmarks.endurance
 
 bench-callgrind: .bench/.installed $(STAMP) ## Count user-space instructions of ours, under valgrind.
 	$(BENCH) -m benchmarks.callgrind

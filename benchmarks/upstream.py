@@ -15,7 +15,7 @@ import uvloop
 DEFAULT_EVENTS: Final = 10
 MAX_EVENTS: Final = 100_000
 DIRECTIVE: Final = re.compile(rb"\[(words|pace) (\d+)(?:ms)?\]")
-TIMESTAMP: Final = b'"timestamp":'
+TIMESTAMP: Final = b'},"timestamp":'  # the event's own: its message has one too
 TIMESTAMP_DIGITS: Final = 17
 EPOCH: Final = 1_000_000_000.0  # added to the monotonic clock, so that every timestamp has the same width
 
@@ -46,10 +46,11 @@ STREAM_HEAD: Final = (
     b"x-accel-buffering: no\r\ntransfer-encoding: chunked\r\n\r\n"
 )
 EVENT_HEAD: Final = (
-    b'{"event":"message","message":{"message_id":"msg_76f6a1","role":"assistant","content":[{"type":"text",'
-    b'"text":"word ","annotations":[]}],"delta":true,"tools_calls":null,"metadata":{},"usages":null,"raw":null},'
-    b'"state":null,"data":null,"thread_id":"3ae3c1d2-0000-4000-8000-000000000000",'
-    b'"run_id":"8822aa10-0000-4000-8000-000000000000","metadata":{"node":"MAIN","thread_id":"t-1"},'
+    b'{"event":"message","message":{"message_id":"5bf3e2cb-7ade-4edd-9975-ec9c3dbf93a3","role":"assistant",'
+    b'"content":[{"type":"text","text":"word ","annotations":[]}],"delta":true,"tools_calls":null,"reasoning":null,'
+    b'"timestamp":1700000000.079375,"metadata":{},"usages":null,"raw":null,"parsed_content":null},"state":null,'
+    b'"data":null,"thread_id":"3ae3c1d2-0000-4000-8000-000000000000",'
+    b'"run_id":"8822aa10-0000-4000-8000-000000000000","metadata":{"node":"MAIN","thread_id":"t-1"'
 ) + TIMESTAMP
 EVENT_TAIL: Final = b"}\n\r\n"
 CHUNK_SIZE: Final = b"%x\r\n" % (len(EVENT_HEAD) + TIMESTAMP_DIGITS + 2)

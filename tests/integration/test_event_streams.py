@@ -217,6 +217,21 @@ async def test_what_is_events_already_passes_untouched(house: House, size: int) 
     assert response.content == OWN
 
 
+async def test_no_heartbeat_falls_into_somebody_elses_event(house: House) -> None:
+    """A stream that is not framed here may pause in the middle of a line."""
+
+    async def talk(line: Line) -> None:
+        await line.request()
+        await line.write(CHUNKED_HEAD + chunk(b"event: x\nda"))
+        await asyncio.sleep(0.3)
+        await line.write(chunk(b"ta: 1\n\n") + LAST_CHUNK)
+
+    house.talk = talk
+    response, _ = await house.events()
+
+    assert response.content == b"event: x\ndata: 1\n\n"
+
+
 async def test_what_is_compressed_passes_untouched(house: House) -> None:
     """Nobody asked the sidecar to, so nothing here takes it apart."""
     packed = gzip.compress(BODY)

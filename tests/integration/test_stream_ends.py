@@ -13,7 +13,8 @@ import pytest
 
 from tests.support.agent import start_agent
 from tests.support.agent import stop as stop_agent
-from tests.support.front import RUN, SECRET, client_of, ended, proxy_before
+from tests.support.events import parse_events
+from tests.support.front import EVENTS, RUN, SECRET, client_of, ended, proxy_before
 from tests.support.principals import Principals
 from tests.support.provider import stand_in
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
@@ -270,6 +271,21 @@ async def test_a_graph_that_fails_midway_says_so_in_the_stream(
     assert lines[-1]["event"] == "error"
     assert "out of paper" not in str([line for line in lines if line["event"] == "error"])
     assert (await ended(proxy, "stream"))["end"] == "upstream_error"
+
+
+async def test_a_real_agents_stream_comes_as_events(
+    agent_and_proxy: tuple[object, Proxy], principals: Principals
+) -> None:
+    """A whole run and one that fails, with the names that AgentFlow gives its events."""
+    _, proxy = agent_and_proxy
+    async with client_of(proxy, principals, **EVENTS) as client:
+        whole = parse_events((await client.post("/agent/stream", json={"text": "[words 3]"})).content)
+        failed = parse_events((await client.post("/agent/stream", json={"text": "[fail 1 out of paper]"})).content)
+
+    assert [event.name for event in whole] == ["message"] * 5 + ["done"]
+    assert [event.name for event in failed][-2:] == ["message", "error"]
+    assert "out of paper" not in failed[-1].data
+    assert json.loads(failed[-1].data)["data"]["code"] == "upstream_error"
 
 
 async def test_a_client_that_hangs_up_stops_the_real_run(tmp_path: Path, principals: Principals) -> None:

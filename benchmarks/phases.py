@@ -24,13 +24,13 @@ from benchmarks.contenders.model import Place
 from benchmarks.contenders.ours import environment
 from benchmarks.processes import choose_cores
 from benchmarks.tokens import make_body, make_token
+from proxy.accesslog import AccessLog
+from proxy.admission import Limits
 from proxy.app import create_app
 from proxy.authentication import Authentication, Authenticator
 from proxy.environment import load
-from proxy.limits import RateLimit
-from proxy.observability import Observability
+from proxy.logs import configure_logging
 from proxy.relay import Relay
-from proxy.server import configure_logging
 from proxy.settings import Settings
 from proxy.tokens import InternalIdentity
 
@@ -43,13 +43,13 @@ TIMED: tuple[tuple[str, Any, str], ...] = (
     ("authentication: recall", Authenticator, "recall"),
     ("policy: authorize", proxy.routes, "authorize"),
     ("limit: the caller's tag", proxy.routes, "tag_of"),
-    ("limit: spend and its headers", RateLimit, "spend"),
+    ("limit: admit and its headers", Limits, "admit"),
     ("body: read", proxy.routes, "read_body"),
     ("tenancy: bind the body", proxy.routes, "bind_run"),
     ("forward: internal identity", InternalIdentity, "token"),
     ("forward: headers", proxy.routes, "request_upstream"),
     ("relay: upstream and back", Relay, "relay"),
-    ("observability: access line", Observability, "_write_line"),
+    ("observability: access line", AccessLog, "end"),
 )
 
 

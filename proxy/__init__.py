@@ -9,7 +9,8 @@
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
+5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
+    `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
                       on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
                       (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
@@ -19,15 +20,20 @@
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
                       or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
-                      run has used (of what is long, from its `outlines`). `runs` knows which go on, and minds those
-                      whose client left.
-11. `observability`   writes the access line.
+                      run has used (of what is long, from its `outlines`), `tallies` add it up. `runs` knows which go
+                      on, and minds those whose client left.
+11. `observability`   tells its watchers that it has ended: the `accesslog` writes its line, `metrics` count it,
+                      `traces` send its spans.
 
 `listing` filters the one answer that is made here. `filing` has the phases of files, and `uploads` sends their bytes
-upstream; `duplex` relays WebSockets, on which two ends have a `conversation` whose messages `frames` binds.
-`model`, `errors`, `outages` and `ends` hold what travels;
-`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings`, `tokensettings`, `limitsettings`, `flowsettings` and `exchangesettings`, which `environment` reads and
-`reload` reads again, `app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and `dev` build the house
-and open the door.
+upstream, named by `handles`; `agui` binds AG-UI's own body; `duplex` relays WebSockets, on which two ends have a
+`conversation` whose messages `frames` binds. `model`, `errors`, `outages` and `ends` hold what travels;
+`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
+of which `notices` tell every proxy.
+`logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;
+`exposition` serves them, for several workers from one `board`. `telemetry` begins what `telemetrysettings` ask for.
+`livecheck` asks everything that this proxy depends on how it is.
+`settings`, `tokensettings`, `limitsettings`, `flowsettings`, `exchangesettings` and `overloadsettings`, which
+`environment` reads and `reload` reads again, `app`, `openapi`, `server` (with `protocol`), `cli`, `limitcommands` and
+`dev` build the house and open the door.
 """

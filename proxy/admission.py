@@ -1,6 +1,6 @@
 """Admission: whether a request fits in every quota of its plan, and the lease that it then holds.
 
-Decides before a body is read. Asks Redis where there is one; without it, the named policy decides (docs/adr/0015).
+Decides before a body is read. Asks Redis where there is one; without it, the named policy decides (ADR 15 and 16).
 """
 
 import logging

@@ -6,14 +6,15 @@ Only wiring; decides nothing, and does no work at import.
 import hmac
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
 
 from proxy import openapi
+from proxy.accesslog import AccessLog
 from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
@@ -24,14 +25,18 @@ from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
+from proxy.metrics import Reading
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
+from proxy.notices import Notices
 from proxy.observability import Observability
+from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
 from proxy.runs import Runs
 from proxy.settings import Settings
+from proxy.telemetry import Telemetry, connection_readings, limit_readings
 from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.uploads import UploadRules, Uploads
@@ -66,9 +71,15 @@ def create_app(
     upstream: Upstream | None = None,
     lifecycle: Lifecycle | None = None,
     clock: Callable[[], float] = time.time,
+    telemetry: Telemetry | None = None,
 ) -> FastAPI:
-    """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead."""
+    """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead.
+
+    `telemetry` watches it, where somebody wants to see more than the access line.
+    """
     lifecycle = lifecycle or Lifecycle()
+    telemetry = telemetry or Telemetry()
+    upstream = upstream or make_pool(settings)
     store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
     shown = settings.docs
@@ -80,12 +91,12 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
+    overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
-    upstream = upstream or make_pool(settings)
     runs = Runs(upstream, settings.flow_rules())
     relay = Relay(upstream, runs, settings.flow_rules())
-    operations = routes(_phases(settings, limits, relay, clock))
+    operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
     app.router.routes += [*health_routes(Live(), ready), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
@@ -97,24 +108,56 @@ def create_app(
         lifecycle=lifecycle,
         audit=Audit(),
     )
-    app.middleware_stack = Observability(
-        door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
+    observability = Observability(
+        door,
+        clock=time.perf_counter,
+        new_id=lambda: uuid.uuid4().hex,
+        trusted_hops=settings.trusted_hops,
+        watchers=[AccessLog(), *telemetry.watchers],
     )
-    app.state.background = lambda: _background(keys, store, limits, runs)
+    app.middleware_stack = observability
+    app.state.note_refusal = observability.note_refusal
+    if telemetry.metrics is not None:
+        telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, limits))
+    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs, telemetry)
     app.state.limits, app.state.keys = limits, keys
     return app
 
 
+def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: object) -> Iterable[Reading]:
+    """Give the metrics that nobody counts."""
+    yield "ready", (), lifecycle.ready
+    yield "key_store_up", (), not keys.is_down
+    yield from connection_readings(upstream)
+    yield from limit_readings(limits)
+
+
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None, limits: Limits, runs: Runs) -> AsyncGenerator[None]:
+async def _background(
+    settings: Settings,
+    keys: KeyCache,
+    store: SqlKeyStore | None,
+    limits: Limits,
+    overload: Overload,
+    runs: Runs,
+    telemetry: Telemetry,
+) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
+    listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
-        async with keys.watching(), limits.watching():
+        async with telemetry.watching(), overload.watching(), keys.watching(), listening, limits.watching():
             yield
     finally:
         await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
+
+
+def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
+    """Hear of changed keys at once where there is Redis to hear it from."""
+    if settings.redis_url is None:
+        return nullcontext()
+    return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
 def _lack(settings: Settings, keys: KeyCache) -> str:
@@ -123,7 +166,7 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float], overload: Overload) -> Phases:
     identity = InternalIdentity(
         settings.agent_secret.get_secret_value(),
         issuer=settings.agent_issuer,
@@ -151,6 +194,7 @@ def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[]
         new_name=_new_name,
     )
     return Phases(
+        overload=overload,
         limits=limits,
         relay=relay,
         identity=identity,

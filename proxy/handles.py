@@ -1,6 +1,6 @@
 """Files belong to callers by their handles: `<seal>~<id>`, which only the proxy can make, for one caller.
 
-Pure. The sidecar's own file id opens nothing here; without the right seal a file does not exist (docs/adr/0030).
+Pure. The sidecar's own file id opens nothing here; without the right seal a file does not exist (docs/adr/0017).
 """
 
 import base64

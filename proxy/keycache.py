@@ -18,6 +18,8 @@ from proxy.outages import KeyStoreDown
 log: Final = logging.getLogger("agentflow_proxy.keys")
 POLL_SECONDS: Final = 1.5
 """Between two readings of the store's changes; with the store's own patience, under 5 s."""
+LEAST_SECONDS: Final = 0.1
+"""Between two readings, however often somebody says that there is something to read."""
 NOTE_SECONDS: Final = 10.0
 """Between two writings of when keys were last used."""
 MOST_KEYS: Final = 10_000
@@ -53,6 +55,7 @@ class KeyCache:
         self._seen = -1
         self._heard = ticks()
         self._down_since: float | None = None
+        self._news = asyncio.Event()
 
     def pin(self, keys: Iterable[StoredKey]) -> None:
         """Know these keys always, and no longer those that were pinned before."""
@@ -85,10 +88,19 @@ class KeyCache:
         if self._store is not None and key_id not in self._pinned:
             self._uses[key_id] = int(self._clock()) // 60 * 60
 
+    def look_again(self) -> None:
+        """Have the store's changes read at once rather than at the next turn; may be said as often as one likes."""
+        self._news.set()
+
     @property
     def is_lost(self) -> bool:
         """Whether the store has been silent for longer than the grace, so that no key of it works."""
         return self._store is not None and self._ticks() - self._heard > self._grace
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the store did not answer when it was last asked."""
+        return self._down_since is not None
 
     async def refresh(self) -> None:
         """Read what has changed since the last time. A store that is down is logged, when that begins and ends."""
@@ -128,7 +140,11 @@ class KeyCache:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(LEAST_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS - LEAST_SECONDS):
+                    await self._news.wait()
+            self._news.clear()
             try:
                 await self.refresh()
             except Exception as error:  # noqa: BLE001  the edge of this task: dead, it would leave the cache unwatched

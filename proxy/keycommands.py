@@ -22,10 +22,13 @@ from proxy.credentials import KeyParts, make_key, parse_key
 from proxy.environment import SettingsError, load_key_settings
 from proxy.keys import parse_import, read_entry
 from proxy.keystore import KeyRefusedError, SqlKeyStore
+from proxy.logs import JsonFormatter
 from proxy.model import StoredKey
+from proxy.notices import Notices
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.outages import KeyStoreDown
-from proxy.server import MIGRATE_FIRST, JsonFormatter, configure_audit
+from proxy.server import MIGRATE_FIRST, configure_audit
+from proxy.settings import KeySettings
 
 PATIENCE: Final = 30.0
 DAY: Final = 86_400
@@ -158,6 +161,9 @@ async def import_keys(store: SqlKeyStore, options: argparse.Namespace, now: int)
         _say("\n".join(f"{key.id} {key.name}: {outcomes[key.id]}" for key in keys))
 
 
+_CHANGING: Final[frozenset[Command]] = frozenset({create, revoke, rotate, import_keys})
+
+
 def _add(parsers: Parsers, name: str, command: Command, text: str) -> argparse.ArgumentParser:
     parser = parsers.add_parser(name, help=text, description=text)
     parser.add_argument("--json", action="store_true", help="for scripts")
@@ -175,7 +181,7 @@ def _running(command: Command) -> Callable[[argparse.Namespace], int]:
         audit.log.handlers = [handler]
         configure_audit(settings.audit_file)
         try:
-            asyncio.run(_perform(command, settings.database_url.get_secret_value(), options))
+            asyncio.run(_perform(command, settings, options))
         except (KeyRefusedError, ValueError) as error:
             raise SettingsError([str(error)]) from error
         except KeyStoreDown as problem:
@@ -185,17 +191,30 @@ def _running(command: Command) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-async def _perform(command: Command, url: str, options: argparse.Namespace) -> None:
+async def _perform(command: Command, settings: KeySettings, options: argparse.Namespace) -> None:
     try:
-        store = SqlKeyStore(url, patience=PATIENCE)
+        store = SqlKeyStore(settings.database_url.get_secret_value(), patience=PATIENCE)
     except ValueError as error:
         raise SettingsError([f"PROXY_DATABASE_URL: {error}"]) from error
     try:
         if command is not migrate and not await store.is_migrated():
             raise KeyRefusedError(MIGRATE_FIRST)
-        await command(store, options, int(time.time()))
+        try:
+            await command(store, options, int(time.time()))
+        finally:  # what failed may have changed something before
+            if command in _CHANGING and settings.redis_url is not None:
+                await _announce(Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix))
     finally:
         await store.close()
+
+
+async def _announce(notices: Notices) -> None:
+    """Have every proxy see at once what was done. They will see it anyway, so nothing fails here."""
+    try:
+        if failure := await notices.announce():
+            print(f"Redis did not take the news ({failure}): proxies see it within 5 seconds.", file=sys.stderr)
+    finally:
+        await notices.close()
 
 
 def _new_key() -> tuple[str, KeyParts]:

@@ -42,6 +42,20 @@ class PoolExhausted(Unavailable):
     title = "Too many requests are in flight"
 
 
+class ReducedCapacity(Unavailable):
+    """This process has more to do than it may, so that new work has to wait; what runs goes on."""
+
+    code = "reduced_capacity"
+    title = "This proxy has too much to do"
+
+    def __init__(self, detail: str = "", *, retry_after: int = 1, reason: str = "") -> None:
+        super().__init__(detail, reason=reason)
+        self.retry_after = retry_after
+
+    def headers(self) -> Headers:
+        return [(b"retry-after", b"%d" % self.retry_after)]
+
+
 class KeyStoreDown(Unavailable):
     """A key is not known here, and the store that may know it does not answer."""
 

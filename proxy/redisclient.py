@@ -127,6 +127,10 @@ class Courier:
         """Learn the server's clock from an answer: microseconds."""
         self._ahead = now / 1_000_000 - self._ticks()
 
+    def forget_time(self) -> None:
+        """Learn the server's clock anew: it may have been set, or the server be another."""
+        self._ahead = None
+
     async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[str | int]) -> str:
         """Run a script, and give its answer. Raises RedisDown."""
         call = _Call(script, keys, arguments, asyncio.get_running_loop().create_future())

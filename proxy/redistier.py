@@ -115,6 +115,7 @@ class SharedTier:
     def hold(self, key: str, lease: str) -> None:
         """Hold a slot on Redis from the next renewal on, whether it was taken there or not."""
         self._held.setdefault(key, set()).add(lease)
+        self._freed.get(key, set()).discard(lease)  # what was in doubt is held after all
 
     def leave(self, key: str, lease: str) -> None:
         """Free a slot."""
@@ -123,7 +124,8 @@ class SharedTier:
         leases.discard(lease)
         if not leases:
             self._held.pop(key, None)
-        self._freed.setdefault(key, set()).add(lease)
+        if self._down_since is None or self._ticks() - self._down_since < self._lease / MICROSECONDS:
+            self._freed.setdefault(key, set()).add(lease)  # after that Redis has forgotten it by itself
         self._wake.set()
 
     def owe(self, quota: Quota, key: str, amount: int) -> None:
@@ -149,7 +151,7 @@ class SharedTier:
     @asynccontextmanager
     async def watching(self) -> AsyncGenerator[None]:
         """Tell Redis what it must know, as long as the context lasts."""
-        await self._tell()
+        await self._tell(try_first=True)
         task = asyncio.create_task(self._watch())
         try:
             yield
@@ -180,11 +182,12 @@ class SharedTier:
             except Exception as error:  # noqa: BLE001  the edge of this task: dead, leases would run out
                 self._lose(type(error).__name__)
 
-    async def _tell(self) -> None:
+    async def _tell(self, *, try_first: bool = False) -> None:
         """Tell what is due; while Redis is given up, try it first, and take it back when everything is told."""
         try:
             if self.is_down:
                 await self._courier.disconnect()
+            if self.is_down or try_first:
                 await self._ask([f"{self._prefix}:{{probe}}"], "take", "probe", _PROBE)
             if self.is_down or self._ticks() - self._renewed >= self._renew_seconds:
                 await self._hold_on()
@@ -233,7 +236,7 @@ class SharedTier:
                 self._courier.not_after,
                 quota.strategy[0],
                 quota.window,
-                debt.amount,
+                min(debt.amount, quota.amount) if quota.strategy is Strategy.MOVING else debt.amount,
                 f"owed{id(self)}{self._number}",
             ]
             try:
@@ -250,12 +253,14 @@ class SharedTier:
     async def _run(self, script: Script, key: str, arguments: list[str | int]) -> str:
         answer = await self._courier.run(script, self._names([key]), arguments)
         if answer == "late":
+            self._courier.forget_time()
             raise RedisDown("late")
         return answer
 
     async def _ask(self, names: Sequence[str], mode: str, lease: str, spec: str) -> str:
         answer = await self._courier.run(self._admit, names, (mode, self._courier.not_after, lease, self._lease, spec))
         if answer == "late":
+            self._courier.forget_time()
             raise RedisDown("late")
         return answer
 

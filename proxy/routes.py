@@ -6,6 +6,7 @@ Holds no policy of its own; nothing is reachable that is not a row of the operat
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Final
 from urllib.parse import urlencode
 
 from starlette.routing import Route
@@ -31,6 +32,7 @@ from proxy.model import (
 )
 from proxy.negotiation import Wish, wish_of
 from proxy.operations import OPERATIONS, STREAM, Kind, Operation, is_canonical
+from proxy.overload import Overload
 from proxy.relay import Relay, read_body
 from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
@@ -50,6 +52,7 @@ class BodyRules:
 class Phases:
     """The phases of every operation, with what they need; one method for each kind of operation."""
 
+    overload: Overload
     limits: Limits
     relay: Relay
     identity: InternalIdentity
@@ -66,7 +69,7 @@ class Phases:
         """Read and bind a run, then relay its answer."""
         raw = await self._read(scope, receive)
         body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
-        request = self._upstream(permit, scope, body=body)
+        request = self._upstream(permit, scope, body=body, thread_id=thread_id)
         run = self._run(permit, thread_id, lease, scope)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
@@ -112,7 +115,10 @@ class Phases:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         rules = self.body_rules
-        return await read_body(scope["headers"], receive, most=rules.most, seconds=rules.seconds)
+        raw = await read_body(scope["headers"], receive, most=rules.most, seconds=rules.seconds)
+        record: Record = scope[RECORD]
+        record.received_bytes = len(raw)
+        return raw
 
     def _upstream(
         self,
@@ -122,8 +128,11 @@ class Phases:
         parameters: Mapping[str, str] | None = None,
         query: bytes = b"",
         body: bytes = b"",
+        thread_id: str = "",
     ) -> UpstreamRequest:
         record: Record = scope[RECORD]
+        record.forwarded = True
+        traced = record.trace.forward(_span_attributes(permit.operation, thread_id)) if record.trace else None
         return request_upstream(
             permit,
             parameters=parameters or {},
@@ -132,6 +141,7 @@ class Phases:
             body=body,
             identity=self.identity.token(permit.principal),
             request_id=record.request_id,
+            traceparent=traced,
         )
 
     def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
@@ -146,11 +156,21 @@ class Phases:
         return stop_upstream(permit, thread_id=thread_id, identity=identity, request_id=request_id)
 
 
+def _span_attributes(operation: Operation, thread_id: str) -> dict[str, str | int]:
+    """Name what a request to the sidecar is, in OpenTelemetry's words; a run has a thread."""
+    told: dict[str, str | int] = {"http.request.method": operation.method, "url.template": operation.upstream}
+    if thread_id:
+        told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread_id}
+    return told
+
+
+_RUNS: Final = frozenset({Kind.RUN, Kind.AG_UI})
+
 type Phase = Callable[[Permit, str, Lease, Scope, Receive, Send], Awaitable[None]]
 
 
 class Endpoint:
-    """An ASGI endpoint for one row of the table: authorize, charge, then the phases of its kind."""
+    """An ASGI endpoint for one row of the table: authorize, ask for room, charge, then the phases of its kind."""
 
     def __init__(self, operation: Operation, phases: Phases) -> None:
         self._operation = operation
@@ -164,6 +184,8 @@ class Endpoint:
             Kind.PLAIN: phases.plain,
         }
         self._perform = {**kinds, **phases.others}[operation.kind]
+        self._relieves = operation.kind is Kind.CONTROL  # what stops a run is welcome when there are too many
+        self._runs = int(operation.kind in _RUNS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope[RECORD]
@@ -171,15 +193,27 @@ class Endpoint:
         if principal is None:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
+        trace = record.trace
+        if trace is not None:
+            trace.mark("authentication")
         permit = authorize(principal, self._operation)
+        if trace is not None:
+            trace.mark("policy")
+        overload = self._phases.overload
+        if not self._relieves:
+            overload.require_room(principal.tier)
         secret = self._phases.thread_secret
         tag = tag_of(principal.namespace, secret)
         payer = tag_of(principal.caller, secret) if principal.caller else tag
         lease = await self._phases.limits.admit(principal, payer, self._operation)
         record.answer_fields = lease.fields
+        if trace is not None:
+            trace.mark("limit")
+        overload.open_runs += self._runs
         try:
             await self._perform(permit, tag, lease, scope, receive, send)
         finally:
+            overload.open_runs -= self._runs
             if not record.goes_on:
                 lease.release()
 

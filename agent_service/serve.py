@@ -45,7 +45,7 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         until = loop.time() + most
         await asyncio.sleep(0 if self.force_exit else least)
-        while self._is_expecting() and not self.force_exit and loop.time() < until:
+        while self._is_expecting() and not self.force_exit and loop.time() < until:  # noqa: ASYNC110  it is uvicorn's
             await asyncio.sleep(0.02)
 
     def _is_expecting(self) -> bool:

@@ -8,9 +8,10 @@ import json
 import os
 import re
 import secrets
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from proxy import dev, keycommands
 from proxy.claims import MAX_SUBJECT_LENGTH
@@ -21,9 +22,11 @@ from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind
 from proxy.server import build, configure_logging, listen, require_schema
 from proxy.settings import Settings
 from proxy.tokens import issue_token
+from proxy.workers import Supervisor
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 _SCOPES_HELP = f"separated by commas (all but {IMPERSONATE})"
+MOST_WORKERS = 64
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -43,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def serve(_: argparse.Namespace) -> int:
+def serve(options: argparse.Namespace) -> int:
     """Serve from the environment alone, until SIGTERM."""
     settings = load(os.environ)
     configure_logging(settings.log_level, sys.stdout)
@@ -51,7 +54,17 @@ def serve(_: argparse.Namespace) -> int:
         listener = listen(settings.host, settings.port)
     except OSError as error:
         return _refuse([f"PROXY_HOST, PROXY_PORT: {settings.host}:{settings.port} cannot be used: {error.strerror}"])
-    server = build(settings)
+    if options.workers > 1:
+        share = settings.for_each_of(options.workers)
+        return Supervisor(options.workers, listener, lambda *ours: _serve(share, *ours)).run()
+    return _serve(settings, listener)
+
+
+def _serve(settings: Settings, listener: socket.socket, started: Callable[[], None] | None = None) -> int:
+    try:
+        server = build(settings, started=started)
+    except SettingsError as error:
+        return _refuse(error.problems)
     server.run(sockets=[listener])
     return 0
 
@@ -129,12 +142,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agentflow-proxy", description="The secure front door of an AgentFlow agent.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
-        ("serve", serve, "serve, configured by PROXY_… variables"),
         ("dev", lambda _: dev.run(os.environ), "run a local agent and the proxy before it"),
         ("check", check, "print the settings and every problem in them"),
         ("operations", operations, "print what callers can reach"),
     ):
         commands.add_parser(name, help=text, description=text).set_defaults(command=command)
+    text = "serve, configured by PROXY_… variables"
+    served = commands.add_parser("serve", help=text, description=text)
+    served.add_argument("--workers", type=_count, default=1, metavar="N", help="processes behind the one port (1)")
+    served.set_defaults(command=serve)
     keys = commands.add_parser("keys", help="make, list and end API keys").add_subparsers(
         required=True, metavar="COMMAND"
     )
@@ -157,6 +173,12 @@ def _scopes(text: str) -> frozenset[str]:
     if unknown := sorted(scopes - SCOPES):
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(SCOPES))}")
     return scopes
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_WORKERS}")
+    return int(text)
 
 
 def _seconds(text: str) -> int:

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
 import limits
 from pydantic import (
@@ -49,6 +49,14 @@ def _rate(value: str) -> str:
         if not amounts or min(amounts) < 1:
             raise ValueError("must be `off` or amounts per window, such as 60/minute or 10/second;1000/day")
     return value
+
+
+def _share(rate: str, workers: int) -> str:
+    if rate == "off":
+        return rate
+    return ";".join(
+        f"{max(1, item.amount // workers)}/{item.multiples}{item.GRANULARITY.name}" for item in limits.parse_many(rate)
+    )
 
 
 type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
@@ -126,6 +134,11 @@ class Settings(TokenSettings):
     @classmethod
     def _are_keys(cls, value: object) -> object:
         return parse_keys(value) if isinstance(value, str) else value
+
+    def for_each_of(self, workers: int) -> Self:
+        """Give what each of several workers goes by: its share of what is counted in the process, at least 1."""
+        shares = {name: _share(getattr(self, name), workers) for name in ("rate_limit", "auth_failure_limit")}
+        return self.model_copy(update=shares)
 
     def run_deadlines(self) -> Deadlines:
         """Give the deadlines of invoke and stream."""

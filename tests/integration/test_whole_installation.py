@@ -122,10 +122,8 @@ async def test_agents_are_replaced_under_load(installation: Installation) -> Non
 
 async def test_proxies_are_replaced_under_load(installation: Installation) -> None:
     """Every proxy is restarted in turn, with status 0: it ends what it does, and no stream and no invoke notices."""
-    statuses = []
     async with steadily_called(installation) as load:
-        for address in tuple(installation.proxies):
-            statuses.append(await installation.replace_proxy(address))
+        statuses = [await installation.replace_proxy(address) for address in tuple(installation.proxies)]
 
     assert load.failures == []
     assert statuses == [0, 0]

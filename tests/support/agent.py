@@ -43,7 +43,8 @@ def start_agent(
 ) -> Agent:
     """Start an agent that keeps its threads and its log in `directory`, and wait until it answers.
 
-    It listens at `at`; `launcher` is the command that does so. `environment` adds to the agent's variables or replaces them; an empty value takes one away.
+    It listens at `at`; `launcher` is the command that does so. `environment` adds to the agent's variables or replaces
+    them; an empty value takes one away.
     """
     secret = environment.get("JWT_SECRET_KEY", secrets.token_urlsafe(48))
     variables = {

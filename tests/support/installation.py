@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -170,7 +169,9 @@ def installed(directory: Path, *, agents: int, proxies: int, **settings: str) ->
         kept = stack.enter_context(storage("postgres"))
         names = stack.enter_context(running_names())
         secret = secrets.token_urlsafe(48)
-        installation = Installation(directory, names, secret, kept, Principals(), {"PROXY_RATE_LIMIT": "off"} | settings)
+        installation = Installation(
+            directory, names, secret, kept, Principals(), {"PROXY_RATE_LIMIT": "off"} | settings
+        )
         stack.callback(installation.stop)
         installation.start(agents=agents, proxies=proxies)
         yield installation
@@ -179,8 +180,3 @@ def installed(directory: Path, *, agents: int, proxies: int, **settings: str) ->
 def _ended(process: subprocess.Popen[bytes]) -> int:
     process.send_signal(signal.SIGTERM)
     return process.wait(GRACE)
-
-
-def port_of(url: str) -> int:
-    """Give the port of an address."""
-    return urlsplit(url).port or 80

@@ -107,9 +107,7 @@ def drain(nginx: Nginx) -> None:
     nginx.process.send_signal(signal.SIGQUIT)
 
 
-def write_config(
-    directory: Path, *, listen: str, upstream: str, deployed: Path = CONFIG, resolver: str = ""
-) -> Path:
+def write_config(directory: Path, *, listen: str, upstream: str, deployed: Path = CONFIG, resolver: str = "") -> Path:
     """Write a deployed configuration into `directory`, for these addresses."""
     text = deployed.read_text()
     substitutions = {

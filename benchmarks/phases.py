@@ -25,7 +25,7 @@ from benchmarks.contenders.ours import environment
 from benchmarks.processes import choose_cores
 from benchmarks.tokens import make_body, make_token
 from proxy.app import create_app
-from proxy.authentication import Authentication
+from proxy.authentication import Authentication, Authenticator
 from proxy.environment import load
 from proxy.limits import RateLimit
 from proxy.observability import Observability
@@ -39,7 +39,8 @@ REQUESTS = 2_000
 BODY = make_body()
 
 TIMED: tuple[tuple[str, Any, str], ...] = (
-    ("authentication", Authentication, "_principal"),
+    ("authentication: read", Authentication, "_read"),
+    ("authentication: recall", Authenticator, "recall"),
     ("policy: authorize", proxy.routes, "authorize"),
     ("limit: the caller's tag", proxy.routes, "tag_of"),
     ("limit: spend and its headers", RateLimit, "spend"),

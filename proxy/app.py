@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, override
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -21,7 +21,7 @@ from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
-from proxy.model import Lifecycle, Upstream
+from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.observability import Observability
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
@@ -34,8 +34,19 @@ from proxy.upstream import Pool
 
 
 class Proxy(FastAPI):
-    """The FastAPI application, described by the operations table."""
+    """The FastAPI application, described by the operations table.
 
+    Goes straight to its middleware: FastAPI's own telemetry would ask the environment on every request, and
+    send what it finds wherever that says.
+    """
+
+    @override
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.middleware_stack is not None  # noqa: S101  create_app sets it
+        scope["app"] = self
+        await self.middleware_stack(scope, receive, send)
+
+    @override
     def openapi(self) -> dict[str, Any]:
         """Give the OpenAPI document (FastAPI serves it)."""
         return openapi.describe()
@@ -61,12 +72,10 @@ def create_app(
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
-    app.router.routes += [
-        *health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))),
-        *routes(_phases(settings, upstream or make_pool(settings), clock)),
-    ]
+    operations = routes(_phases(settings, upstream or make_pool(settings), clock))
+    app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
-    inner = CanonicalPaths(AsyncExitStackMiddleware(app.router))
+    inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
         inner,
         authenticator=Authenticator(tokens=_verifier(settings, clock), keys=keys, clock=clock),
@@ -94,7 +103,7 @@ async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerat
 
 def _lack(settings: Settings, keys: KeyCache) -> str:
     """Name what is down when nobody at all could be let in; empty while somebody can."""
-    others = settings.jwt_secret is not None or settings.api_keys
+    others = settings.jwt_secret is not None or settings.issuers_file or settings.api_keys
     return "key_store_down" if keys.is_lost and not others else ""
 
 

@@ -5,6 +5,7 @@ Pure: proves nothing, looks nothing up, and never keeps a credential.
 
 import hashlib
 import hmac
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from proxy.errors import MalformedCredential
 MAX_CREDENTIAL_BYTES: Final = 8192
 KEY_PREFIX: Final = "afp"
 _ALPHABET: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_VISIBLE: Final = re.compile(rb"[!-~]+")
 _ID_LENGTH: Final = 12
 _SECRET_LENGTH: Final = 27  # 62^27 > 2^160
 _CHECKSUM_LENGTH: Final = 6  # 62^6 > 2^32
@@ -75,7 +77,7 @@ def _bearer(value: bytes) -> str:
 def _printable(value: bytes) -> str:
     if not value or len(value) > MAX_CREDENTIAL_BYTES:
         raise MalformedCredential(f"A credential has 1 to {MAX_CREDENTIAL_BYTES} bytes.")
-    if not value.isascii() or any(byte <= 0x20 or byte == 0x7F for byte in value):  # noqa: PLR2004  SP and DEL
+    if _VISIBLE.fullmatch(value) is None:
         raise MalformedCredential("A credential has visible ASCII characters only.")
     return value.decode("ascii")
 

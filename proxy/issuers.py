@@ -79,13 +79,15 @@ def _as_path(value: object) -> object:
 
 
 def _read(value: object) -> object:
-    """Read the file that a setting names."""
+    """Read the file that a setting names; the name is not told, for somebody may have written the secret itself."""
     if not isinstance(value, str):
         return value
     try:
         return Path(value).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{value}: cannot be read") from error
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError("cannot be read: not a name of UTF-8 text") from error
 
 
 type ClaimPath = Annotated[

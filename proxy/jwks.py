@@ -128,6 +128,10 @@ class RemoteKeys:
             found = self._candidates(key_id, algorithm)
         return found
 
+    @property
+    def lasting(self) -> float:
+        return self._fresh
+
     def _candidates(self, key_id: str | None, algorithm: str) -> tuple[VerificationKey, ...]:
         if self._clock() - self._fetched >= self._rules.stale:
             raise KeysUnavailable
@@ -176,4 +180,7 @@ class RemoteKeys:
         found = description.get("jwks_uri")
         if not isinstance(found, str):
             raise DocumentError("no jwks_uri")
+        # What came from afar may not point at this machine, which is all that http is for.
+        if url.lower().startswith("https:") and not found.lower().startswith("https:"):
+            raise DocumentError("jwks_uri is not https")
         return fetchable(found)

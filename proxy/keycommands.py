@@ -29,6 +29,8 @@ from proxy.server import MIGRATE_FIRST, JsonFormatter, configure_audit
 
 PATIENCE: Final = 30.0
 DAY: Final = 86_400
+_END_OF_TIME: Final = 253_402_300_799
+"""The last second of the year 9999; a key may be made to live longer, and what cannot be written as a date is this."""
 _COLUMNS: Final = ("id", "name", "state", "tier", "rate", "created", "expires", "last_used", "created_by", "scopes")
 _TIMES: Final = frozenset({"created", "expires", "last_used", "grace_ends", "revoked"})
 
@@ -109,11 +111,14 @@ async def show(store: SqlKeyStore, options: argparse.Namespace, now: int) -> Non
 
 async def revoke(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
     """End what is named, those still in a grace included."""
-    keys = [key for key in await store.matching(options.key) if key.revoked is None]
-    await store.revoke([key.id for key in keys], now)
-    for key in keys:
-        audit.write("key.revoked", key_id=key.id, name=key.name, by=options.by)
-    _print([dataclasses.replace(key, revoked=now) for key in keys], now, as_json=options.json)
+    ended: list[StoredKey] = []
+    # Again until none is left: a rotation may have made a successor since they were read, and makes none once they end.
+    while keys := [key for key in await store.matching(options.key) if key.revoked is None]:
+        await store.revoke([key.id for key in keys], now)
+        for key in keys:
+            audit.write("key.revoked", key_id=key.id, name=key.name, by=options.by)
+        ended += [dataclasses.replace(key, revoked=now) for key in keys]
+    _print(ended, now, as_json=options.json)
 
 
 async def rotate(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
@@ -246,7 +251,7 @@ def _plain(value: object) -> str:
 
 
 def _time(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.fromtimestamp(min(max(seconds, 0), _END_OF_TIME), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _say(text: str) -> None:

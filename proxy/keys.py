@@ -10,10 +10,12 @@ from typing import Annotated, Final
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
 
+from proxy.credentials import KEY_PREFIX
 from proxy.model import StoredKey
 from proxy.operations import SCOPES
 
 DIGEST_FORM: Final = re.compile(r"sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})", re.ASCII)
+_KEY: Final = re.compile(rf"{KEY_PREFIX}_[0-9A-Za-z_]+", re.ASCII)
 _WORD: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _AMOUNT: Final = r"[1-9][0-9]{0,8}/([1-9][0-9]{0,3} ?)?(second|minute|hour|day)s?"
 _RATE: Final = rf"^(off|{_AMOUNT}(;{_AMOUNT}){{0,3}})$"
@@ -61,13 +63,8 @@ def parse_keys(text: str) -> tuple[StoredKey, ...]:
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"not TOML: {error}") from error
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ValueError("; ".join(faults)) from error
-    keys = tuple(_key_of(entry) for entry in entries)
-    for label, values in (("names", [key.name for key in keys]), ("ids", [key.id for key in keys])):
-        if len(values) != len(set(values)):
-            raise ValueError(f"two keys share their {label}")
-    return keys
+        raise ValueError(_faults(error)) from error
+    return _different([_key_of(entry) for entry in entries])
 
 
 def parse_digest_lines(text: str) -> tuple[StoredKey, ...]:
@@ -83,7 +80,7 @@ def parse_digest_lines(text: str) -> tuple[StoredKey, ...]:
             keys.append(read_entry(digest=words[0], name=words[1], scopes=frozenset(words[2].split(","))))
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
-    return tuple(keys)
+    return _different(keys)
 
 
 def read_entry(**fields: object) -> StoredKey:
@@ -91,8 +88,21 @@ def read_entry(**fields: object) -> StoredKey:
     try:
         return _key_of(KeyEntry.model_validate(fields))
     except ValidationError as error:
-        faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
-        raise ValueError("; ".join(faults)) from error
+        raise ValueError(_faults(error)) from error
+
+
+def _different(keys: Sequence[StoredKey]) -> tuple[StoredKey, ...]:
+    """Give the keys, of which no later one may speak for an earlier. Raises ValueError."""
+    for label, values in (("names", [key.name for key in keys]), ("ids", [key.id for key in keys])):
+        if len(values) != len(set(values)):
+            raise ValueError(f"two keys share their {label}")
+    return tuple(keys)
+
+
+def _faults(error: ValidationError) -> str:
+    """Say what is wrong, and never a key itself, which somebody may have written where its digest belongs."""
+    faults = (f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+    return _KEY.sub(f"{KEY_PREFIX}_…", "; ".join(faults))
 
 
 def _key_of(entry: KeyEntry) -> StoredKey:

@@ -5,8 +5,9 @@ Never sees a key, only digests; every answer comes within a stated time, or is K
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
 import aiosqlite
@@ -43,6 +44,7 @@ KEYS: Final = sql.Table(
     sql.Column("revoked", sql.BigInteger),
     sql.Column("changed", sql.BigInteger, nullable=False),
 )
+_CHANGEABLE: Final = ("name", "scopes", "tier", "rate", "expires")
 CHANGES: Final = sql.Table("key_changes", METADATA, sql.Column("number", sql.BigInteger, nullable=False))
 
 
@@ -101,10 +103,12 @@ class SqlKeyStore:
         return await self._select(sql.true())
 
     async def matching(self, word: str) -> Sequence[StoredKey]:
-        """Give the key with this id, or every key of this name. Raises KeyRefusedError when there is none."""
-        keys = await self._select(KEYS.c.id == word) or await self._select(KEYS.c.name == word)
+        """Give the key with this id, or every key of this name. Raises KeyRefusedError when there is none, or both."""
+        keys = await self._select((KEYS.c.id == word) | (KEYS.c.name == word))
         if not keys:
             raise KeyRefusedError(f"{word}: there is no such key; see: agentflow-proxy keys list")
+        if len({key.id == word for key in keys}) > 1:
+            raise KeyRefusedError(f"{word}: is a key's id and another's name; say that one's name, or this one's id")
         return keys
 
     async def add(self, keys: Iterable[StoredKey]) -> dict[str, str]:
@@ -121,9 +125,12 @@ class SqlKeyStore:
         async with self._changing() as (connection, number):
             retired = {"replaced_by": new.id, "grace_ends": grace_ends, "changed": number}
             free = (KEYS.c.id == old.id) & KEYS.c.replaced_by.is_(None) & KEYS.c.revoked.is_(None)
-            done = await connection.execute(sql.update(KEYS).where(free).values(retired))
+            row = _row_of(old)
+            # What the successor inherits was read before the lock, and may have been taken back since.
+            same = sql.and_(*(KEYS.c[name].is_not_distinct_from(row[name]) for name in _CHANGEABLE))
+            done = await connection.execute(sql.update(KEYS).where(free, same).values(retired))
             if done.rowcount != 1:
-                raise KeyRefusedError(f"{old.name}: the key {old.id} was rotated or revoked before")
+                raise KeyRefusedError(f"{old.name}: the key {old.id} was rotated or revoked before, or just changed")
             await _put(connection, dataclasses.replace(new, changed=number))
 
     async def revoke(self, key_ids: Collection[str], now: int) -> None:
@@ -166,7 +173,7 @@ async def _put(connection: AsyncConnection, key: StoredKey) -> str:
             return "created"
         if known.digest != key.digest:
             raise KeyRefusedError(f"{key.name}: the id {key.id} belongs to another key")
-        named = {name: row[name] for name in ("name", "scopes", "tier", "rate", "expires")}
+        named = {name: row[name] for name in _CHANGEABLE}
         if all(getattr(known, name) == value for name, value in named.items()):
             return "unchanged"
         named["changed"] = key.changed
@@ -195,7 +202,9 @@ def _engine(url: str, patience: float) -> AsyncEngine:
 
 
 async def _open_file(path: str, patience: float) -> aiosqlite.Connection:
-    """Open SQLite's file; wait up to `patience` seconds for another's lock."""
+    """Open SQLite's file, its owner's alone if it is new; wait up to `patience` seconds for another's lock."""
+    with suppress(OSError):  # which SQLite will tell in its own words
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = aiosqlite.connect(path, timeout=patience)
     try:
         return await connection

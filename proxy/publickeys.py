@@ -3,6 +3,7 @@
 Beside `tokens` the only room that imports `jwt`; never fetches a key, and never takes one from a token.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -47,6 +48,10 @@ class KeySource(Protocol):
         Raises KeysUnavailable when that cannot be said.
         """
 
+    @property
+    def lasting(self) -> float:
+        """For how many seconds a proof by one of these keys may be remembered: they may be withdrawn."""
+
 
 class KnownKeys:
     """Keys that are given at the start and do not change."""
@@ -56,6 +61,10 @@ class KnownKeys:
 
     async def find(self, key_id: str | None, algorithm: str) -> tuple[VerificationKey, ...]:
         return candidates(self._keys, key_id, algorithm)
+
+    @property
+    def lasting(self) -> float:
+        return math.inf
 
 
 class Signatures:

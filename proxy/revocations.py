@@ -12,6 +12,9 @@ from typing import Annotated, Final, Protocol, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from proxy.errors import CredentialInvalid
+from proxy.jose import decode_strictly
+
 log: Final = logging.getLogger("agentflow_proxy.tokens")
 POLL_SECONDS: Final = 2.0
 _MOST_BYTES: Final = 4 << 20
@@ -70,14 +73,19 @@ class RevocationList:
 
 
 def parse_revocations(text: str) -> RevocationList:
-    """Read one JSON object a line; blank lines and those that begin with # say nothing. Raises ValueError."""
+    """Read one JSON object a line; blank lines and those that begin with # say nothing. Raises ValueError.
+
+    A line has one meaning, or is a fault: of a name that came twice one would be let in, and no time is before NaN.
+    """
     tokens: set[tuple[str | None, str]] = set()
     subjects: dict[tuple[str | None, str], float] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
-            entry = Revocation.model_validate_json(line)
+            entry = Revocation.model_validate(decode_strictly(line.encode()))
+        except CredentialInvalid as error:
+            raise ValueError(f"line {number}: {error.reason}") from error
         except ValidationError as error:
             raise ValueError(f"line {number}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
         if entry.jti is not None:
@@ -92,10 +100,14 @@ def parse_revocations(text: str) -> RevocationList:
 def read_revocations(path: Path) -> RevocationList:
     """Read a file of revocations. Raises ValueError that says what is wrong with it."""
     try:
-        with path.open("rb") as file:
-            raw = file.read(_MOST_BYTES + 1)
+        return _read(path)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror}") from error
+
+
+def _read(path: Path) -> RevocationList:
+    with path.open("rb") as file:
+        raw = file.read(_MOST_BYTES + 1)
     if len(raw) > _MOST_BYTES:
         raise ValueError(f"has more than {_MOST_BYTES} bytes")
     return parse_revocations(raw.decode("utf-8"))
@@ -107,8 +119,9 @@ class RevocationFile:
     def __init__(self, path: Path, *, clock: Callable[[], float]) -> None:
         self._path = path
         self._clock = clock
+        self._seen = self._signature()  # before reading: what is written meanwhile is seen at the next look
         self._list = read_revocations(path)
-        self._seen = self._signature()
+        self._told = ""
         self._version = 0
         self._looked = clock()
 
@@ -124,23 +137,33 @@ class RevocationFile:
     def _look(self) -> None:
         seen = self._signature()
         if seen == self._seen:
+            self._told = ""
             return
-        self._seen = seen
         try:
-            self._list = read_revocations(self._path)
-        except ValueError as error:
-            log.warning("revocations.kept", extra={"fields": {"reason": str(error)}})
+            self._list = _read(self._path)
+        except OSError as error:  # that may pass without a change to the file, so it is tried again
+            self._keep(f"cannot be read: {error.strerror}")
             return
+        except ValueError as error:
+            self._seen = seen
+            self._keep(str(error))
+            return
+        self._seen, self._told = seen, ""
         self._version += 1
         log.info(
             "revocations.read",
             extra={"fields": {"tokens": len(self._list.tokens), "subjects": len(self._list.subjects)}},
         )
 
-    def _signature(self) -> tuple[int, int, int] | None:
+    def _keep(self, reason: str) -> None:
+        if reason != self._told:
+            log.warning("revocations.kept", extra={"fields": {"reason": reason}})
+        self._told = reason
+
+    def _signature(self) -> tuple[int, int, int, int] | None:
         """Tell two contents apart without reading them: an edit changes one of these."""
         try:
             status = os.stat(self._path)  # noqa: PTH116  follows the link that an orchestrator swaps
         except OSError:
             return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        return status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino

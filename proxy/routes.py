@@ -3,7 +3,7 @@
 Holds no policy of its own; nothing is reachable that is not a row of the operations table.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from urllib.parse import urlencode
 
@@ -139,15 +139,23 @@ class Endpoint:
 
 
 class CanonicalPaths:
-    """ASGI middleware: a path whose decoding would change its segments leads nowhere; see `is_canonical`."""
+    """ASGI middleware: a path whose decoding would change its segments leads nowhere; see `is_canonical`.
 
-    def __init__(self, app: App) -> None:
+    A path that is written as the table has it goes to its endpoint at once: the router, which asks one route
+    after the other, would find the same one.
+    """
+
+    def __init__(self, app: App, routes: Iterable[Route]) -> None:
         self._app = app
+        self._direct: dict[str, App] = {route.path: route.endpoint for route in routes if not route.param_convertors}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        endpoint = self._direct.get(scope["path"])
+        if endpoint is not None and b"%" not in scope["raw_path"]:
+            return await endpoint(scope, receive, send)
         if not is_canonical(scope["raw_path"], scope["path"]):
             raise NotFound
-        await self._app(scope, receive, send)
+        return await self._app(scope, receive, send)
 
 
 class Path:

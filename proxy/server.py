@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Final, TextIO, override
@@ -56,6 +57,22 @@ class JsonFormatter(logging.Formatter):
         return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
+class AuditFile(WatchedFileHandler):
+    """A file for its owner alone, also the one that is begun where the last was moved away."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # no new file can be begun: that is no reason to answer nobody
+            self.handleError(record)
+
+    @override
+    def _open(self) -> TextIOWrapper:
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        return super()._open()
+
+
 def configure_logging(level: str, stream: TextIO) -> None:
     """Send every logger's lines to `stream`, from `level` up."""
     handler = logging.StreamHandler(stream)
@@ -79,8 +96,7 @@ def configure_audit(path: Path | None) -> None:
     if path is None:
         return
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        handler = WatchedFileHandler(path, encoding="ascii")
+        handler = AuditFile(path, encoding="ascii")
     except OSError as error:
         raise SettingsError([f"PROXY_AUDIT_FILE: {path} cannot be written: {error.strerror}"]) from error
     handler.setFormatter(JsonFormatter())

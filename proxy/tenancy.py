@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Final, Literal
 
 import pydantic_core
@@ -21,6 +22,7 @@ _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@+=-]{0,127}", re.ASCII)
 _PLAIN_ID: Final = re.compile(r"[A-Za-z0-9_:-][A-Za-z0-9_.:-]{0,127}", re.ASCII)
 NAME_RULE: Final = "1 to 128 of A-Z a-z 0-9 _ . : @ + = -, the first a letter, digit or _"
 _TELLABLE: Final = 20
+_REMEMBERED_TAGS: Final = 10_000
 STANDING_NAME: Final = "standing"
 
 REFUSED_CONFIG: Final = frozenset(
@@ -74,6 +76,7 @@ class ControlBody(BaseModel):
     config: dict[str, Any] | None = None
 
 
+@lru_cache(_REMEMBERED_TAGS)
 def tag_of(namespace: str, secret: bytes) -> str:
     """Derive a namespace's tag: 80 bits of HMAC-SHA256 (RFC 2104) in base32, stable for one secret."""
     digest = hmac.digest(secret, namespace.encode(), "sha256")

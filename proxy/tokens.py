@@ -48,7 +48,7 @@ class Memory[Value]:
 class TokenVerifier:
     """Proves the tokens of `issuers`; a proven one is remembered by the SHA-256 of the whole until it expires.
 
-    Each issuer comes with its keys. `clock` gives Unix seconds.
+    Each issuer comes with its keys, and nothing is remembered for longer than they last. `clock` gives Unix seconds.
     """
 
     def __init__(
@@ -93,7 +93,8 @@ class TokenVerifier:
         if self._revocations.covers(issuer=claimed.issuer, subject=subject, token_id=told, issued=claimed.issued):
             raise CredentialInvalid(reason="revoked")
         if version == self._version:
-            self._proven.keep(_fingerprint(text), claimed.principal, min(claimed.expires, self._clock() + _A_DAY))
+            lasting = self._clock() + min(_A_DAY, keys.lasting)
+            self._proven.keep(_fingerprint(text), claimed.principal, min(claimed.expires, lasting))
         return claimed.principal
 
     def _issuer_of(self, token: UnprovenToken) -> tuple[Issuer, KeySource]:

@@ -165,6 +165,33 @@ async def test_a_key_is_rotated_once(database: SqlKeyStore) -> None:
     assert len(await database.all_keys()) == 2
 
 
+async def test_a_rotation_does_not_give_back_what_was_taken(database: SqlKeyStore) -> None:
+    """A key that lost a scope, or was given an end, since it was read has no successor with what it had."""
+    await database.add([BOB, ALICE])
+    for narrower in (
+        dataclasses.replace(ALICE, scopes=frozenset()),
+        dataclasses.replace(ALICE, expires=7),
+        dataclasses.replace(ALICE, rate="1/day"),
+    ):
+        await database.add([narrower])
+        with pytest.raises(KeyRefusedError, match="or just changed"):
+            await database.rotate(ALICE, dataclasses.replace(ALICE, id="C" * 12, digest="c" * 64), grace_ends=100)
+
+    assert len(await database.all_keys()) == 2
+
+
+async def test_a_word_that_means_two_keys_means_none(database: SqlKeyStore) -> None:
+    """Where one key is named as another's id is written, neither is revoked for the other; each has another word."""
+    namesake = dataclasses.replace(BOB, name=ALICE.id)
+    await database.add([ALICE, namesake])
+
+    with pytest.raises(KeyRefusedError, match="is a key's id and another's name"):
+        await database.matching(ALICE.id)
+
+    found = [[key.id for key in await database.matching(word)] for word in (ALICE.name, BOB.id)]
+    assert found == [[ALICE.id], [BOB.id]]
+
+
 async def test_a_name_is_one_current_keys(database: SqlKeyStore) -> None:
     """A second key of a name is refused, and nothing of that call is written; a revoked key's name is free."""
     await database.add([ALICE])

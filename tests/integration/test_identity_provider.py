@@ -110,6 +110,18 @@ def test_a_provider_rotates_its_keys(start: Start, provider: Provider) -> None:
     assert met(proxy, fresh(provider, new)) == IN
 
 
+def test_whoever_was_let_in_with_a_withdrawn_key_is_let_in_no_more(start: Start, provider: Provider) -> None:
+    """What is remembered of a token does not outlive its key: also a token that was seen before stops counting."""
+    proxy = start(provider.entry(), PROXY_JWKS_REFRESH_SECONDS="1")
+    stolen = provider.token("mallory")
+    before = met(proxy, stolen)
+
+    provider.signers = [make_signer("RS256", "k2")]
+    eventually(lambda: met(proxy, stolen) == REFUSED)
+
+    assert before == IN
+
+
 BAD = [
     "hang", "drip", "garbage", "a list", "too deep", "no keys", "broken keys", "error", "redirect", "huge", "endless",
     "gzip", "cut", "not HTTP",

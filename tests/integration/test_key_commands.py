@@ -1,14 +1,20 @@
 """The commands for keys, as an operator and as his scripts meet them, and the page that tells of them."""
 
+import dataclasses
 import json
 import re
+import stat
 import subprocess
 import sys
+from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
+from proxy import keycommands
 from proxy.credentials import make_key, parse_key
+from proxy.keystore import SqlKeyStore
 from tests.support.commands import Operator
 from tests.support.proxy import ProxyStoppedError, start_proxy
 
@@ -130,3 +136,49 @@ def test_what_is_imported_twice_is_there_once(operator: Operator) -> None:
 
     assert outcomes == ["created", "unchanged", "changed"]
     assert [line["event"] for line in operator.audited()] == ["key.created", "key.changed"]
+
+
+def test_the_file_of_keys_is_its_owners_alone(operator: Operator) -> None:
+    """Whoever shares the machine cannot read whose keys there are, whatever the umask lets other files be."""
+    assert stat.S_IMODE((operator.directory / "keys.db").stat().st_mode) == 0o600
+
+
+def test_a_key_that_outlives_the_calendar_is_still_printed(operator: Operator) -> None:
+    """What was made is never lost for want of a way to write its date, and can be listed."""
+    made = operator.keys("create", "--name", "a", "--expires", "9999999d")
+    heir = operator.keys("rotate", "a", "--grace", "9999999d")
+    digest = f"sha256:AAAAAAAAAAAA:{1:064}"
+    entry = f'[[keys]]\nname = "b"\ndigest = "{digest}"\nscopes = []\nexpires = '
+    for expires in ("9999-12-31T23:59:59-14:00", "0001-01-01T00:00:00+14:00"):
+        assert operator.run("keys", "import", "-", text=entry + expires).returncode == 0
+        assert "AAAAAAAAAAAA" in operator.run("keys", "list", "--all").stdout
+
+    assert made["expires"] == heir["expires"] == "9999-12-31T23:59:59Z"
+    assert parse_key(heir["key"]) is not None
+    assert [line["event"] for line in operator.audited()][:2] == ["key.created", "key.rotated"]
+
+
+async def test_a_successor_made_meanwhile_is_revoked_too(
+    operator: Operator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever revokes a name ends all its keys, one included that a rotation made between the reading and the end."""
+    operator.keys("create", "--name", "a")
+    store = SqlKeyStore(operator.url)
+    revoke = store.revoke
+
+    async def rotated_first(key_ids: Collection[str], now: int) -> None:
+        monkeypatch.setattr(store, "revoke", revoke)
+        (old,) = await store.matching("a")
+        heir = dataclasses.replace(old, id="H" * 12, digest="5" * 64)
+        await store.rotate(old, heir, grace_ends=now + 100)
+        await revoke(key_ids, now)
+
+    monkeypatch.setattr(store, "revoke", rotated_first)
+    try:
+        await keycommands.revoke(store, Namespace(key="a", by="olga", json=True), 5)
+        keys = await store.all_keys()
+    finally:
+        await store.close()
+
+    assert [key.revoked for key in keys] == [5, 5]
+    assert "H" * 12 in capsys.readouterr().out

@@ -1,11 +1,13 @@
 """The file of API keys that an operator writes: read whole, or refused with every fault in it."""
 
 import re
+import secrets
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.credentials import make_key
 from proxy.keys import entry_text, parse_digest_lines, parse_keys
 from proxy.model import StoredKey
 from proxy.operations import SCOPES
@@ -144,3 +146,23 @@ def test_a_faulty_digest_line_is_named(line: str) -> None:
     """The line's number is told."""
     with pytest.raises(ValueError, match="line 2: "):
         parse_digest_lines(f"# first\n{line}\n")
+
+
+@pytest.mark.parametrize("later", ["alice agent:stop", "bob agent:ping"])
+def test_a_later_line_does_not_speak_for_an_earlier(later: str) -> None:
+    """Of two lines with one id the last would win unsaid, with its scopes; so neither is read."""
+    lines = f"sha256:AAAAAAAAAAAA:{DIGEST} alice agent:ping\nsha256:AAAAAAAAAAAA:{DIGEST} {later}"
+
+    with pytest.raises(ValueError, match="two keys share their"):
+        parse_digest_lines(lines)
+
+
+@pytest.mark.parametrize("write", ['{} = "alice"', '[[keys]]\n{} = "alice"', '[[keys]]\nscopes = ["{}"]'])
+def test_a_key_in_the_wrong_place_is_not_told(write: str) -> None:
+    """Who writes the key itself where its digest belongs finds the fault, and the key in no log of it."""
+    key = make_key(secrets.choice)
+
+    with pytest.raises(ValueError, match="afp_…") as refused:
+        parse_keys(write.format(key))
+
+    assert key.split("_")[2] not in str(refused.value)

@@ -1,11 +1,12 @@
 """Revoked tokens and subjects: what a line says, and when a changed file counts."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from proxy.revocations import POLL_SECONDS, RevocationFile, parse_revocations, read_revocations
+from proxy.revocations import POLL_SECONDS, RevocationFile, RevocationList, parse_revocations, read_revocations
 
 ISSUER = "https://idp.test"
 
@@ -49,7 +50,9 @@ def test_a_token_without_its_time_counts_as_old() -> None:
 @pytest.mark.parametrize(
     "line",
     ["x", "[]", "{}", '{"jti": 7}', '{"jti": ""}', '{"jti": "a", "subject": "b"}', '{"jti": "a", "before": 1}',
-     '{"subject": "a", "before": "1"}', '{"subject": "a", "foo": 1}', '{"subject": "a"} {}'],
+     '{"subject": "a", "before": "1"}', '{"subject": "a", "foo": 1}', '{"subject": "a"} {}',
+     '{"subject": "a", "before": NaN}', '{"subject": "a", "before": 1e999}', '{"subject": "a", "subject": "b"}',
+     '{"jti": "a", "issuer": "b", "issuer": "c"}'],
 )  # fmt: skip
 def test_a_line_that_says_something_else_is_a_fault(line: str) -> None:
     """Its number is told, so that it can be found."""
@@ -98,3 +101,46 @@ def test_a_file_is_bounded(tmp_path: Path) -> None:
     for path in (file, tmp_path / "absent"):
         with pytest.raises(ValueError, match=r"more than|cannot be read"):
             read_revocations(path)
+
+
+def test_a_file_that_could_not_be_opened_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A process out of descriptors reads the change once it has one again, though the file stays as it is."""
+    now = [0.0]
+    file = tmp_path / "revoked"
+    file.write_text("")
+    revocations = RevocationFile(file, clock=lambda: now[0])
+
+    def exhausted(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    file.write_text('{"subject": "alice"}\n')
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", exhausted)
+        for now[0] in (POLL_SECONDS, POLL_SECONDS * 2):
+            assert revocations.version() == 0
+    now[0] = POLL_SECONDS * 3
+
+    assert revocations.version() == 1
+    assert revocations.covers(issuer=ISSUER, subject="alice", token_id=None, issued=None)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == ["revocations.kept"]
+
+
+def test_what_is_written_while_the_proxy_starts_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that comes after the first reading is a change, however early it comes."""
+    now = [0.0]
+    file = tmp_path / "revoked"
+    file.write_text("")
+
+    def read_before_the_change(path: Path) -> RevocationList:
+        read = read_revocations(path)
+        path.write_text('{"subject": "alice"}\n')
+        return read
+
+    monkeypatch.setattr("proxy.revocations.read_revocations", read_before_the_change)
+    revocations = RevocationFile(file, clock=lambda: now[0])
+    now[0] = POLL_SECONDS
+
+    assert revocations.version() == 1
+    assert revocations.covers(issuer=ISSUER, subject="alice", token_id=None, issued=None)

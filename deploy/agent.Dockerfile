@@ -24,4 +24,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8001/ping', timeout=3)"]
 ENTRYPOINT ["agent-entrypoint"]
-CMD ["agentflow", "api", "--no-reload", "--host", "0.0.0.0", "--port", "8001", "--config", "/etc/agentflow/agentflow.json"]
+# `agentflow api` says of itself that it is for development, and resets requests when it is asked to stop.
+CMD ["python", "-m", "agent_service.serve", "--host", "0.0.0.0", "--port", "8001", "--config", "/etc/agentflow/agentflow.json"]

@@ -16,7 +16,7 @@ help: ## Show what can be made.
 dev: $(STAMP) ## Run the proxy and a real agent; print how to call them. PORT= and AGENT_PORT= choose ports.
 	@exec $(BIN)/agentflow-proxy dev
 
-test: $(STAMP) ## Run every test.
+test: $(STAMP) .successor/.installed ## Run every test.
 	$(BIN)/pytest
 
 check: $(STAMP) ## Lint, types, import contracts, dependencies.
@@ -46,14 +46,20 @@ lock: | $(UV) ## Pin every requirement anew, with hashes.
 	$(COMPILE) --group agent -o requirements/agent.txt
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
 	$(COMPILE) --group bench -o requirements/bench.txt
+	$(COMPILE) --group successor -o requirements/successor.txt
 
 clean: ## Remove everything that was made here, secrets of `make dev` included.
-	rm -rf $(VENV) .bench .uv .dev .agentflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info
+	rm -rf $(VENV) .bench .successor .uv .dev .agentflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .bench/.installed: requirements/bench.txt .python-version | $(UV)
 	$(UV) venv --quiet --clear .bench
 	$(UV) pip sync --quiet --python $(BENCH) --require-hashes requirements/bench.txt
+	@touch $@
+
+.successor/.installed: requirements/successor.txt .python-version | $(UV)
+	$(UV) venv --quiet --clear .successor
+	$(UV) pip sync --quiet --python .successor/bin/python --require-hashes requirements/successor.txt
 	@touch $@
 
 .uv/bin/uv:

@@ -77,7 +77,7 @@ async def steady_load(
 ) -> AsyncIterator[Load]:
     """Load the installation at `url` until the block ends, and then until what runs is answered."""
     load = Load(words, pace_ms)
-    clients = [_client(url, token, f"127.0.0.{100 + number}") for number in range(streams // PER_ADDRESS + 1)]
+    clients = [_client(url, token, f"127.0.0.{100 + number}") for number in range(streams // PER_ADDRESS + 2)]
     try:
         async with asyncio.TaskGroup() as group:
             for number in range(streams):

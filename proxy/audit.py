@@ -23,17 +23,14 @@ class Audit:
 
     def note_use(self, principal: Principal, record: Record) -> None:
         """Tell when this process sees a key used from an address, or a network of IPv6, for the first time."""
-        exact = (principal.key_id, record.address)
-        if exact in self._addresses:
+        pair = (principal.key_id, address_partition(record.address))
+        if pair in self._addresses:
+            self._addresses.move_to_end(pair)
             return
-        network = (principal.key_id, address_partition(record.address))
-        is_new = network not in self._addresses
-        for pair in (network, exact):
-            self._addresses[pair] = None
-        while len(self._addresses) > self._most:
+        self._addresses[pair] = None
+        if len(self._addresses) > self._most:
             self._addresses.popitem(last=False)
-        if is_new:
-            write("key.used_from_new_address", key_id=principal.key_id, name=principal.name, **_where(record))
+        write("key.used_from_new_address", key_id=principal.key_id, name=principal.name, **_where(record))
 
     def note_refusal(self, kind: CredentialKind, record: Record, *, reason: str, key_id: str = "") -> None:
         """Tell why a key or a token was refused; the caller is never told."""

@@ -16,7 +16,7 @@ from proxy.model import KeyStore, StoredKey
 from proxy.outages import KeyStoreDown
 
 log: Final = logging.getLogger("agentflow_proxy.keys")
-POLL_SECONDS: Final = 2.0
+POLL_SECONDS: Final = 1.5
 """Between two readings of the store's changes; with the store's own patience, under 5 s."""
 NOTE_SECONDS: Final = 10.0
 """Between two writings of when keys were last used."""
@@ -134,7 +134,10 @@ class KeyCache:
         while True:
             await asyncio.sleep(NOTE_SECONDS)
             if self._down_since is None:
-                await self._write_uses()
+                try:
+                    await self._write_uses()
+                except Exception as error:  # noqa: BLE001  the edge of this task: dead, it would write no use any more
+                    log.error("key_uses.lost", extra={"fields": {"reason": type(error).__name__}})  # noqa: TRY400  its text may hold values
 
     async def _write_uses(self) -> None:
         uses, self._uses = self._uses, {}

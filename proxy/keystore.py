@@ -20,7 +20,7 @@ from proxy.migrations import is_at_head, upgrade
 from proxy.model import StoredKey
 from proxy.outages import KeyStoreDown
 
-ANSWER_SECONDS: Final = 2.0
+ANSWER_SECONDS: Final = 1.5
 """How long one answer to a serving process may take; with the time between polls it bounds a revocation."""
 _CONNECTIONS: Final = 3  # one each for the watch, the look-ups and the uses
 

@@ -47,9 +47,21 @@ def test_what_is_remembered_is_bounded(written: io.StringIO) -> None:
     """However many addresses a key comes from, so many pairs are kept and no more."""
     log = Audit(most=10)
     for number in range(1000):
-        log.note_use(ALICE, _record(f"2001:db8::{number:x}"))
+        log.note_use(ALICE, _record(f"2001:db8:{number:x}::1"))
 
     assert len(log._addresses) == 10
+
+
+def test_an_address_in_use_stays_known(written: io.StringIO) -> None:
+    """Neither many hosts of one network nor a row of other addresses makes a busy one new again."""
+    log = Audit(most=10)
+    for number in range(1000):
+        for address in ("192.0.2.1", f"2001:db8::{number:x}", f"2001:db8:1:{number:x}::1"):
+            log.note_use(ALICE, _record(address))
+
+    told = [json.loads(line)["address"] for line in written.getvalue().splitlines()]
+
+    assert (told.count("192.0.2.1"), len(told)) == (1, 1002)
 
 
 def test_no_control_character_is_written(written: io.StringIO) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from proxy import keylookup
+from proxy import keycache, keylookup
 from proxy.keycache import KeyCache
 from proxy.model import KeyStore, StoredKey
 from proxy.outages import KeyStoreDown
@@ -275,6 +275,27 @@ async def test_a_watch_that_stops_is_an_outage(world: World) -> None:
     world.now = 301
 
     assert world.cache.recall(ALICE.id) is None
+
+
+async def test_a_use_that_cannot_be_written_does_not_end_the_writing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a library raises once, later uses are written while the proxy runs."""
+    monkeypatch.setattr(keycache, "NOTE_SECONDS", 0.0)
+    written = asyncio.Event()
+
+    async def note(uses: Mapping[str, int]) -> None:
+        if "A" * 12 in uses:
+            raise RuntimeError
+        written.set()
+
+    monkeypatch.setattr(world.store, "note_uses", note)
+    async with world.cache.watching(), asyncio.timeout(10):
+        world.cache.note_use("A" * 12)
+        while world.cache._uses:
+            await asyncio.sleep(0)
+        world.cache.note_use("B" * 12)
+        await written.wait()
 
 
 async def test_uses_are_written_at_the_end_to_the_minute(world: World) -> None:

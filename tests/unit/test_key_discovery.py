@@ -3,9 +3,9 @@
 import pytest
 
 from proxy.claims import ClaimRules
-from proxy.errors import KeysUnavailable
 from proxy.issuers import Issuer
 from proxy.jwks import Document, FetchRules, RemoteKeys
+from proxy.outages import KeysUnavailable
 from proxy.publickeys import PUBLIC
 from tests.support.jose import make_signer
 

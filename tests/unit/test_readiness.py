@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from proxy.app import _lack
+from proxy.environment import load
 from proxy.keycache import KeyCache
 from proxy.keys import StaticKeyStore
-from proxy.settings import load
 
 ENVIRONMENT = {"PROXY_AGENT_SECRET": "a" * 48, "PROXY_DATABASE_URL": "sqlite+aiosqlite:///keys.db"}
 

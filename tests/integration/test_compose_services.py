@@ -1,7 +1,7 @@
 """Every service of the compose files starts with the command, the variables and the health check it has there.
 
-No engine runs: each command is run as a process, at an address of its own with the ports that compose names, and only
-paths and hosts are put in place of the container's. Postgres and Redis are those of the tests.
+No engine runs: each command is run as a process of what its image holds, at an address of its own with the ports that
+compose names; only paths and hosts are put in place of the container's. Postgres and Redis are those of the tests.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -59,7 +58,9 @@ class Composed:
         own = {name: self.here(value, service) for name, value in environment(self.services[service]).items()}
         if "ALLOWED_HOST" in own:
             own["ALLOWED_HOST"] += "," + ",".join(self.address(each) for each in self.services)
-        path = f"{Path(sys.executable).parent}:{os.defpath}"
+        image = ROOT / ".images" / service.partition("-")[0]
+        assert (image / "bin").is_dir(), "run: make .images/.installed"
+        path = f"{image}/bin:{os.defpath}"
         return {"PATH": path, "HOME": str(self.directory), "PYTHONUNBUFFERED": "1"} | own
 
     def start(self, service: str) -> subprocess.Popen[bytes]:

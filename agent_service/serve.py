@@ -57,6 +57,7 @@ class Server(uvicorn.Server):
             kind = self.config.http_protocol_class
             return kind(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)  # type: ignore[call-arg]
 
+        connection.setblocking(False)
         await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
 
 

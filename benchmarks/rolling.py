@@ -60,13 +60,13 @@ def main() -> None:
     """Run it once."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rolling")
     parser.add_argument("--streams", type=int, default=200)
-    parser.add_argument("--words", type=int, default=12, help="of each stream")
-    parser.add_argument("--pace", type=int, default=2000, help="milliseconds between them")
+    parser.add_argument("--words", type=int, default=6, help="of each stream")
+    parser.add_argument("--pace", type=int, default=2500, help="milliseconds between them")
     options = parser.parse_args()
     print(describe_machine(instructions=False).sentence().rpartition(",")[0])
     with (
         tempfile.TemporaryDirectory(prefix="rolling-") as directory,
-        installed(Path(directory), agents=3, proxies=2) as installation,
+        installed(Path(directory), agents=3, proxies=2, PROXY_GRACE_SECONDS="60") as installation,
     ):
         asyncio.run(roll(installation, streams=options.streams, words=options.words, pace_ms=options.pace))
 

@@ -188,6 +188,7 @@ class Server(uvicorn.Server):
         def protocol() -> asyncio.Protocol:
             return OneAtATime(config=self.config, server_state=self.server_state, app_state={})
 
+        connection.setblocking(False)
         await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
 
     def _stop(self) -> None:

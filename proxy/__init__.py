@@ -19,6 +19,6 @@
 
 `listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings` and `tokensettings`, which `environment` reads, `app`, `openapi`, `server` (with `protocol`, and `workers`
-where there are several), `cli` and `dev` build the house and open the door.
+`settings` and `tokensettings`, which `environment` reads, `app`, `openapi` (and its `docspage`), `server` (with
+`protocol`, and `workers` where there are several), `cli` and `dev` build the house and open the door.
 """

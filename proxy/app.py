@@ -10,10 +10,12 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, override
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from fastapi.responses import HTMLResponse
+from starlette.routing import Route
 
-from proxy import openapi
+from proxy import docspage, openapi
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -66,14 +68,15 @@ def create_app(
     shown = settings.docs
     app = Proxy(
         title="agentflow-proxy",
-        docs_url="/docs" if shown else None,
+        docs_url=None,  # FastAPI's page loads its scripts from somebody else's host
         openapi_url="/openapi.json" if shown else None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
     operations = routes(_phases(settings, upstream or make_pool(settings), clock))
     app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
+    if shown:
+        app.router.routes.append(Route("/docs", _show_page, include_in_schema=False))
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
@@ -88,6 +91,10 @@ def create_app(
     )
     app.state.background = lambda: _background(keys, store)
     return app
+
+
+async def _show_page(_: Request) -> HTMLResponse:
+    return HTMLResponse(docspage.page(openapi.describe()), headers={"Content-Security-Policy": docspage.POLICY})
 
 
 @asynccontextmanager

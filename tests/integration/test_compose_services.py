@@ -26,6 +26,7 @@ from tests.support.nginx import BALANCER, CONFIG, Nginx, start_nginx
 from tests.support.nginx import stop as stop_nginx
 from tests.support.principals import Principals
 
+pytestmark = pytest.mark.timeout(180)
 PATIENCE = 60.0
 SETUPS = ("agent-setup", "proxy-setup")
 

@@ -14,6 +14,8 @@ import pytest
 from tests.support.installation import Installation, installed
 from tests.support.load import Load, steady_load
 
+# Eight processes start before the first test, and on a busy machine each takes its time.
+pytestmark = pytest.mark.timeout(300)
 PATIENCE = 20.0
 STREAMS = 30
 

@@ -16,6 +16,8 @@ RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--no-deps", "--no-in
 
 FROM python:3.13-slim
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HOME=/tmp
+# An empty volume takes its owner from here.
+RUN ["install", "-d", "-m", "0700", "-o", "10001", "-g", "10001", "/data"]
 COPY --from=build /opt/venv /opt/venv
 WORKDIR /tmp
 USER 10001:10001

@@ -9,16 +9,24 @@
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
 3.  `routes`          finds its row in the allow-list (`operations`); what has no row does not exist.
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
-5.  `limits`          charges the caller's quota (`windows`), or refuses.
+5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
+    `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
+                      on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
+                      (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
-10. `relay`           passes the bytes on as they come, until either side ends it.
+10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
+                      or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
+                      run has used (of what is long, from its `outlines`). `runs` knows which go on, and minds those
+                      whose client left.
 11. `observability`   writes the access line.
 
-`listing` filters the one answer that is not passed on as it came. `model`, `errors` and `outages` hold what travels;
-`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them.
-`settings` and `tokensettings`, which `environment` reads, `app`, `openapi` (and its `docspage`), `server` (with
-`protocol`, and `workers` where there are several), `cli` and `dev` build the house and open the door.
+`listing` filters the one answer that is made here. `model`, `errors`, `outages` and `ends` hold what travels;
+`keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
+of which `notices` tell every proxy. `settings`, `tokensettings`, `limitsettings`, `flowsettings` and
+`overloadsettings`, which `environment` reads and `reload` reads again, `app`, `openapi` (and its `docspage`), `server`
+(with `protocol`, and `workers` where there are several), `cli`, `limitcommands` and `dev` build the house and open the
+door.
 """

@@ -7,8 +7,8 @@ import hmac
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
-from typing import Any, override
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from typing import Any, Final, override
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse
 from starlette.routing import Route
 
 from proxy import docspage, openapi
+from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.issuers import Issuer
@@ -24,15 +25,21 @@ from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
+from proxy.notices import Notices
 from proxy.observability import Observability
+from proxy.overload import Overload
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
+from proxy.runs import Runs
 from proxy.settings import Settings
-from proxy.tenancy import RunRules
+from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
+
+_LAST_STOPS_SECONDS: Final = 2.0
+"""How long an ending process tells the sidecar of runs that nobody will hear."""
 
 
 class Proxy(FastAPI):
@@ -73,8 +80,15 @@ def create_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    operations = routes(_phases(settings, upstream or make_pool(settings), clock))
-    app.router.routes += [*health_routes(Live(), Ready(lifecycle, lacks=lambda: _lack(settings, keys))), *operations]
+    overload = Overload(settings.thresholds())
+    secret = thread_secret(settings)
+    limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
+    upstream = upstream or make_pool(settings)
+    runs = Runs(upstream, settings.flow_rules())
+    relay = Relay(upstream, runs, settings.flow_rules())
+    operations = routes(_phases(settings, limits, relay, clock, overload))
+    ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
+    app.router.routes += [*health_routes(Live(), ready), *operations]
     if shown:
         app.router.routes.append(Route("/docs", _show_page, include_in_schema=False))
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
@@ -82,14 +96,15 @@ def create_app(
     door = Authentication(
         inner,
         authenticator=Authenticator(tokens=_verifier(settings, clock), keys=keys, clock=clock),
-        failures=RateLimit(settings.auth_failure_limit, "failures"),
+        failures=RateLimit(settings.failure_limit(), "failures"),
         lifecycle=lifecycle,
         audit=Audit(),
     )
     app.middleware_stack = Observability(
         door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
     )
-    app.state.background = lambda: _background(keys, store)
+    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs)
+    app.state.limits, app.state.keys = limits, keys
     return app
 
 
@@ -98,14 +113,25 @@ async def _show_page(_: Request) -> HTMLResponse:
 
 
 @asynccontextmanager
-async def _background(keys: KeyCache, store: SqlKeyStore | None) -> AsyncGenerator[None]:
+async def _background(
+    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, limits: Limits, overload: Overload, runs: Runs
+) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
+    listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
-        async with keys.watching():
+        async with overload.watching(), keys.watching(), listening, limits.watching():
             yield
     finally:
+        await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
+
+
+def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
+    """Hear of changed keys at once where there is Redis to hear it from."""
+    if settings.redis_url is None:
+        return nullcontext()
+    return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
 def _lack(settings: Settings, keys: KeyCache) -> str:
@@ -114,15 +140,16 @@ def _lack(settings: Settings, keys: KeyCache) -> str:
     return "key_store_down" if keys.is_lost and not others else ""
 
 
-def _phases(settings: Settings, upstream: Upstream, clock: Callable[[], float]) -> Phases:
+def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[], float], overload: Overload) -> Phases:
     agent_secret = settings.agent_secret.get_secret_value()
     return Phases(
-        rate=RateLimit(settings.rate_limit, "requests", legacy_headers=settings.legacy_rate_headers),
-        relay=Relay(upstream),
+        overload=overload,
+        limits=limits,
+        relay=relay,
         identity=InternalIdentity(
             agent_secret, issuer=settings.agent_issuer, audience=settings.agent_audience, clock=clock
         ),
-        thread_secret=_thread_secret(settings),
+        thread_secret=thread_secret(settings),
         new_name=lambda: uuid.uuid4().hex,
         run_rules=RunRules(
             allow_system=settings.allow_system_messages,
@@ -165,7 +192,7 @@ def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier |
     return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
 
 
-def _thread_secret(settings: Settings) -> bytes:
+def thread_secret(settings: Settings) -> bytes:
     """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
     if settings.thread_secret is not None:
         return settings.thread_secret.get_secret_value().encode()

@@ -6,10 +6,11 @@ Pure: decides on claims, their issuer's rules and the time; never reads a token 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn, TypeIs
 
 from proxy.errors import CredentialInvalid
 from proxy.model import CredentialKind, Principal
+from proxy.policies import RATE
 
 MAX_SUBJECT_LENGTH: Final = 255
 _END_OF_TIME: Final = 253_402_300_799
@@ -28,6 +29,7 @@ class ClaimNames:
     scopes: tuple[Path, ...] = (("scope",), ("scopes",))
     tenant: Path = ("tenant",)
     tier: Path = ("tier",)
+    rate: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +72,11 @@ def accept_claims(claims: Mapping[str, Any], rules: ClaimRules, now: float) -> C
     if "jti" in claims and (not isinstance(token_id, str) or not 0 < len(token_id) <= MAX_SUBJECT_LENGTH):
         _refuse("jti is not text")
     own = f"jwt:{len(issuer)}:{issuer}:{subject}"
-    namespace = own
+    namespace, tenant = own, ""
+    if rules.namespace == "tenant" or _is_printable(_at(claims, rules.names.tenant)):
+        tenant = f"tenant:{len(issuer)}:{issuer}:{_printable(claims, rules.names.tenant)}"
     if rules.namespace == "tenant":
-        namespace = f"tenant:{len(issuer)}:{issuer}:{_printable(claims, rules.names.tenant)}"
+        namespace = tenant
     principal = Principal(
         subject=subject,
         name=subject,
@@ -80,7 +84,9 @@ def accept_claims(claims: Mapping[str, Any], rules: ClaimRules, now: float) -> C
         scopes=_scopes(claims, rules.names.scopes),
         kind=CredentialKind.JWT,
         tier=_tier(claims, rules.names.tier),
+        rate=_rate(claims, rules.names.rate),
         caller="" if namespace == own else own,
+        tenant=tenant,
     )
     return Claimed(principal, expires, issuer, token_id, issued)
 
@@ -163,11 +169,24 @@ def _tier(claims: Mapping[str, Any], place: Path) -> str:
     return tier
 
 
+def _rate(claims: Mapping[str, Any], place: Path | None) -> str | None:
+    rate = _ABSENT if place is None else _at(claims, place)
+    if rate is _ABSENT:
+        return None
+    if not isinstance(rate, str) or not RATE.fullmatch(rate):
+        _refuse("rate is no amount per window")
+    return rate
+
+
 def _printable(claims: Mapping[str, Any], place: Path) -> str:
     value = _at(claims, place)
-    if not isinstance(value, str) or not 0 < len(value) <= MAX_SUBJECT_LENGTH or not value.isprintable():
+    if not _is_printable(value):
         _refuse(f"{'.'.join(place)} is not printable text")
     return value
+
+
+def _is_printable(value: object) -> TypeIs[str]:
+    return isinstance(value, str) and 0 < len(value) <= MAX_SUBJECT_LENGTH and value.isprintable()
 
 
 _ABSENT: Final = object()

@@ -1,4 +1,4 @@
-"""The command `agentflow-proxy`: serve, dev, check, operations, migrate, keys, token.
+"""The command `agentflow-proxy`: serve, dev, check, operations, migrate, keys, limits, token.
 
 Speaks to people; decides nothing that a request could meet.
 """
@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from proxy import dev, keycommands
+from proxy import dev, keycommands, limitcommands
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.environment import SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text, parse_keys
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
+from proxy.policies import Per, Quota, Unit
 from proxy.server import build, configure_logging, listen, require_schema
 from proxy.settings import Settings
 from proxy.tokens import issue_token
@@ -54,15 +55,15 @@ def serve(options: argparse.Namespace) -> int:
         listener = listen(settings.host, settings.port)
     except OSError as error:
         return _refuse([f"PROXY_HOST, PROXY_PORT: {settings.host}:{settings.port} cannot be used: {error.strerror}"])
-    if options.workers > 1:
-        share = settings.for_each_of(options.workers)
-        return Supervisor(options.workers, listener, lambda *ours: _serve(share, *ours)).run()
+    settings = settings.model_copy(update={"workers": options.workers or settings.workers})
+    if settings.workers > 1:
+        return Supervisor(settings.workers, listener, lambda *ours: _serve(settings, *ours)).run()
     return _serve(settings, listener)
 
 
 def _serve(settings: Settings, listener: socket.socket, started: Callable[[], None] | None = None) -> int:
     try:
-        server = build(settings, started=started)
+        server = build(settings, started=started, environment=os.environ)
     except SettingsError as error:
         return _refuse(error.problems)
     server.run(sockets=[listener])
@@ -100,9 +101,21 @@ def _limits(row: Operation, settings: Settings) -> str:
     """Say what bounds an operation: what it takes of its caller's rate, its body, how long it may last."""
     takes_body = row.kind in (Kind.RUN, Kind.CONTROL)
     seconds = settings.total_timeout_seconds if row.kind is Kind.RUN else settings.query_timeout_seconds
-    rate = "no rate" if settings.rate_limit == "off" else f"{row.cost} of {settings.rate_limit}"
+    quotas = settings.policies().plan(row.name).quotas
+    rate = ", ".join(_quota_text(quota) for quota in quotas) or "no quota"
     body = f"{settings.max_body_bytes} bytes" if takes_body else "no body"
     return f"{rate}, {body}, {seconds:g} s"
+
+
+def _quota_text(quota: Quota) -> str:
+    """Say what an operation takes of a quota, and of whose."""
+    whose = "" if quota.per is Per.PRINCIPAL else f" per {quota.per}" if quota.per is Per.TENANT else " over all"
+    shadow = " (shadow)" if quota.shadow else ""
+    if not quota.window:
+        return f"{quota.amount} at once{whose}{shadow}"
+    unit = " tokens" if quota.unit is Unit.TOKENS else ""
+    taken = f"{quota.cost} of " if quota.cost else ""
+    return f"{taken}{quota.amount}{unit} in {quota.window} s{whose}{shadow}"
 
 
 def new_key(options: argparse.Namespace) -> int:
@@ -149,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, description=text).set_defaults(command=command)
     text = "serve, configured by PROXY_… variables"
     served = commands.add_parser("serve", help=text, description=text)
-    served.add_argument("--workers", type=_count, default=1, metavar="N", help="processes behind the one port (1)")
+    served.add_argument("--workers", type=_count, metavar="N", help="processes behind the one port (PROXY_WORKERS)")
     served.set_defaults(command=serve)
     keys = commands.add_parser("keys", help="make, list and end API keys").add_subparsers(
         required=True, metavar="COMMAND"
@@ -160,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true")
     made.set_defaults(command=new_key)
     keycommands.add_commands(commands, keys, scopes=_scopes, seconds=_seconds)
+    limitcommands.add_commands(commands)
     signed = commands.add_parser("token", help="print a JWT signed with PROXY_JWT_SECRET")
     signed.add_argument("--subject", required=True)
     signed.add_argument("--scopes", type=_scopes, default=USUAL_SCOPES, help=_SCOPES_HELP)

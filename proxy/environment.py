@@ -11,11 +11,14 @@ from pydantic import SecretStr, ValidationError
 
 from proxy.issuers import MIN_SECRET_BYTES
 from proxy.keys import parse_keys
+from proxy.limitsettings import SIMPLE, parse_policies
 from proxy.settings import KeySettings, Settings
 from proxy.tokensettings import readable_issuers
 
 PREFIX: Final = "PROXY_"
-SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "database_url"})
+SECRETS: Final = frozenset({"agent_secret", "jwt_secret", "thread_secret", "api_keys", "database_url", "redis_url"})
+TEXTS: Final = SECRETS | {"limits", "log_level"}
+"""Settings that may stand in a file: what is secret, and what can change while the proxy runs."""
 
 
 class SettingsError(Exception):
@@ -66,7 +69,7 @@ def _gather(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, s
     for variable in sorted(name for name, value in environment.items() if name.startswith(PREFIX) and value):
         name = variable.removeprefix(PREFIX).lower()
         secret = name.removesuffix("_file")
-        if variable != variable.upper() or (name not in Settings.model_fields and secret not in SECRETS):
+        if variable != variable.upper() or (name not in Settings.model_fields and secret not in TEXTS):
             problems.append(f"{variable}: is no setting; see docs/operations.md for the list")
         elif name in Settings.model_fields:
             values[name], variables[name] = environment[variable], variable
@@ -90,6 +93,8 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
             "settings: nobody could call: "
             "set PROXY_JWT_SECRET, PROXY_ISSUERS_FILE, PROXY_API_KEYS_FILE or PROXY_DATABASE_URL"
         )
+    if _defines_policies(values.get("limits")) and (both := sorted(given & set(SIMPLE))):
+        faults.append(f"settings: PROXY_LIMITS is instead of {', '.join(PREFIX + name.upper() for name in both)}")
     issuers = readable_issuers(values.get("issuers_file"))
     secrets = [values[name] for name in ("agent_secret", "thread_secret") if name in values]
     secrets += {line.strip() for line in values.get("jwt_secret", "").splitlines()}
@@ -110,6 +115,14 @@ def _defines_keys(text: str | None) -> bool:
         return True
 
 
+def _defines_policies(text: str | None) -> bool:
+    """Say whether a text defines policies; not if it is faulty, which is told elsewhere."""
+    try:
+        return text is not None and parse_policies(text) is not None
+    except ValueError:
+        return False
+
+
 def _sentence(fault: Any) -> str:  # noqa: ANN401  pydantic's ErrorDetails
     return "is required" if fault["type"] == "missing" else str(fault["msg"]).removeprefix("Value error, ")
 
@@ -125,6 +138,8 @@ def describe(settings: Settings) -> dict[str, object]:
         value = getattr(settings, name)
         if name == "api_keys":
             value = [key.name for key in value]
+        elif name == "limits" and settings.limits is not None:
+            value = [policy.name for policy in settings.limits.policies]
         elif name == "issuers_file":
             value = [entry.issuer for entry in value]
         elif isinstance(value, SecretStr):
@@ -141,6 +156,8 @@ def describe_environment(environment: Mapping[str, str]) -> dict[str, object]:
         value: object = values.get(name, None if field.is_required() else field.default)
         if name in SECRETS and name in values:
             value = f"set ({len(values[name])} characters)"
+        elif name == "limits" and value is not None:
+            value = "set"
         elif isinstance(value, str) and "@" in value:
             value = "set, with what may be a password"
         shown[PREFIX + name.upper()] = value

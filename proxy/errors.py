@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pydantic_core
 
+from proxy.ends import End
 from proxy.model import Headers
 
 QUOTA_EXCEEDED = "https://iana.org/assignments/http-problem-types#quota-exceeded"
@@ -34,6 +35,7 @@ class Problem(Exception):  # noqa: N818  RFC 9457 calls it a problem
     title: ClassVar[str] = "The proxy failed"
     type: ClassVar[str] = "about:blank"
     fault: ClassVar[Fault] = Fault.PROXY
+    end: End = End.FAILED
 
     def __init__(self, detail: str = "", *, reason: str = "") -> None:
         super().__init__(detail or self.title)
@@ -64,6 +66,7 @@ class ClientProblem(Problem):
     code = "invalid_request"
     title = "The request is malformed"
     fault = Fault.CLIENT
+    end = End.REFUSED
 
 
 class MalformedCredential(ClientProblem):
@@ -201,9 +204,20 @@ class RateExceeded(ClientProblem):
         return {"violated-policies": list(self.policies)}
 
 
+class BudgetSpentMidway(ClientProblem):
+    """The caller's tokens were spent while his run went on."""
+
+    status = 402
+    code = "budget_spent"
+    title = "The token budget is spent"
+    type = QUOTA_EXCEEDED
+    end = End.BUDGET
+
+
 class ClientLeft(ClientProblem):
     """The client hung up; nobody is left to be told (the status is nginx's, for the log)."""
 
     status = 499
     code = "client_left"
     title = "The client left"
+    end = End.CLIENT_LEFT

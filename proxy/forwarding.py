@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from typing import Final
 from urllib.parse import parse_qsl, quote, urlencode
 
+import pydantic_core
+
 from proxy.authorization import Permit
 from proxy.errors import ClientProblem
 from proxy.model import Headers, UpstreamRequest
+from proxy.operations import Kind
 
 UPWARD: Final = frozenset({b"accept", b"accept-language", b"traceparent", b"tracestate", b"user-agent"})
 """The client's header fields that may cross to the sidecar."""
@@ -21,10 +24,13 @@ HOP_BY_HOP: Final = frozenset(
 """RFC 9110 §7.6.1."""
 NOT_DOWNWARD: Final = HOP_BY_HOP | frozenset(
     {b"date", b"server", b"set-cookie", b"x-request-id", b"www-authenticate", b"location", b"content-security-policy",
-     b"x-accel-redirect", b"x-accel-buffering", b"cache-control", b"alt-svc", b"strict-transport-security",
+     b"cache-control", b"alt-svc", b"strict-transport-security",
      b"ratelimit", b"ratelimit-policy"}
 )  # fmt: skip
-"""The sidecar's fields that are about itself or steer what stands before us."""
+"""The sidecar's fields that are about itself."""
+STEERING: Final = (b"access-control-", b"x-accel-")
+"""Beginnings of the sidecar's fields that steer browsers and nginx, which is our business."""
+_BODYLESS: Final = frozenset({204, 304})
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9_.:@=+/-]{1,128}")
 
 
@@ -62,6 +68,19 @@ def request_upstream(
     return UpstreamRequest(permit.operation.method.encode(), target.encode(), tuple(sent), body)
 
 
+def stop_upstream(permit: Permit, *, thread_id: str, identity: bytes, request_id: bytes) -> UpstreamRequest:
+    """Build what asks the sidecar to stop a run: whoever may run may have his own run stopped, so its permit does."""
+    if permit.operation.kind is not Kind.RUN:
+        raise ValueError("not the permit of a run")
+    fields = (
+        (b"authorization", b"Bearer " + identity),
+        (b"x-request-id", request_id),
+        (b"content-type", b"application/json"),
+    )
+    body = pydantic_core.to_json({"thread_id": thread_id, "config": {}})
+    return UpstreamRequest(b"POST", b"/v1/graph/stop", fields, body)
+
+
 def client_query(query: bytes, allowed: frozenset[str]) -> dict[str, str]:
     """Read the `allowed` parameters of a raw query string; others are dropped.
 
@@ -84,17 +103,20 @@ def connection_fields(headers: Headers) -> frozenset[bytes]:
     )
 
 
-def downstream_headers(headers: Headers) -> Headers:
+def downstream_headers(headers: Headers, *, status: int = 200) -> Headers:
     """Give the fields of upstream's head that reach the client: not hop-by-hop, not about the sidecar itself.
 
-    Content codings and lengths stay as they are, since the bytes do. Caches and proxies on the way are told
-    to pass everything on at once.
+    Content codings and lengths stay as they are, since the bytes do; but an answer that has no body by its
+    `status` gets no length, which is of a body it does not send (RFC 9110 §8.6). Caches and proxies on the way
+    are told to pass everything on at once.
     """
     hop = connection_fields(headers)
+    if status in _BODYLESS:
+        hop |= {b"content-length"}
     kept = [
         field
         for field in headers
-        if field[0] not in NOT_DOWNWARD and field[0] not in hop and not field[0].startswith(b"access-control-")
+        if field[0] not in NOT_DOWNWARD and field[0] not in hop and not field[0].startswith(STEERING)
     ]
     kept.append((b"cache-control", b"no-cache, no-transform"))
     kept.append((b"x-accel-buffering", b"no"))

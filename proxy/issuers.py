@@ -106,6 +106,7 @@ class ClaimEntry(BaseModel):
     scopes: ClaimPath | None = None
     tenant: ClaimPath = ("tenant",)
     tier: ClaimPath = ("tier",)
+    rate: ClaimPath | None = None
 
 
 class IssuerEntry(BaseModel):
@@ -182,7 +183,7 @@ class IssuerEntry(BaseModel):
     def _names(self) -> ClaimNames:
         usual = ClaimNames()
         scopes = usual.scopes if self.claims.scopes is None else (self.claims.scopes,)
-        return ClaimNames(self.claims.subject, scopes, self.claims.tenant, self.claims.tier)
+        return ClaimNames(self.claims.subject, scopes, self.claims.tenant, self.claims.tier, self.claims.rate)
 
 
 class IssuerFile(BaseModel):

@@ -18,6 +18,8 @@ from proxy.outages import KeyStoreDown
 log: Final = logging.getLogger("agentflow_proxy.keys")
 POLL_SECONDS: Final = 1.5
 """Between two readings of the store's changes; with the store's own patience, under 5 s."""
+LEAST_SECONDS: Final = 0.1
+"""Between two readings, however often somebody says that there is something to read."""
 NOTE_SECONDS: Final = 10.0
 """Between two writings of when keys were last used."""
 MOST_KEYS: Final = 10_000
@@ -41,7 +43,7 @@ class KeyCache:
         most: int = MOST_KEYS,
     ) -> None:
         self._store = store
-        self._pinned = {key.id: key for key in pinned}
+        self.pin(pinned)
         self._grace = grace
         self._clock = clock
         self._ticks = ticks
@@ -53,6 +55,11 @@ class KeyCache:
         self._seen = -1
         self._heard = ticks()
         self._down_since: float | None = None
+        self._news = asyncio.Event()
+
+    def pin(self, keys: Iterable[StoredKey]) -> None:
+        """Know these keys always, and no longer those that were pinned before."""
+        self._pinned = {key.id: key for key in keys}
 
     def recall(self, key_id: str) -> StoredKey | None:
         """Give the key if it is known here, and the store was heard of recently enough to trust that."""
@@ -80,6 +87,10 @@ class KeyCache:
         """Remember, to the minute, that the key was used; written later."""
         if self._store is not None and key_id not in self._pinned:
             self._uses[key_id] = int(self._clock()) // 60 * 60
+
+    def look_again(self) -> None:
+        """Have the store's changes read at once rather than at the next turn; may be said as often as one likes."""
+        self._news.set()
 
     @property
     def is_lost(self) -> bool:
@@ -124,7 +135,11 @@ class KeyCache:
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.sleep(LEAST_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(POLL_SECONDS - LEAST_SECONDS):
+                    await self._news.wait()
+            self._news.clear()
             try:
                 await self.refresh()
             except Exception as error:  # noqa: BLE001  the edge of this task: dead, it would leave the cache unwatched
@@ -137,7 +152,7 @@ class KeyCache:
                 try:
                     await self._write_uses()
                 except Exception as error:  # noqa: BLE001  the edge of this task: dead, it would write no use any more
-                    log.error("key_uses.lost", extra={"fields": {"reason": type(error).__name__}})  # noqa: TRY400  its text may hold values
+                    log.warning("key_uses.lost", extra={"fields": {"reason": type(error).__name__}})
 
     async def _write_uses(self) -> None:
         uses, self._uses = self._uses, {}

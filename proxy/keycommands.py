@@ -20,12 +20,14 @@ from typing import Any, Final
 from proxy import audit
 from proxy.credentials import KeyParts, make_key, parse_key
 from proxy.environment import SettingsError, load_key_settings
-from proxy.keys import parse_digest_lines, parse_keys, read_entry
+from proxy.keys import parse_import, read_entry
 from proxy.keystore import KeyRefusedError, SqlKeyStore
 from proxy.model import StoredKey
+from proxy.notices import Notices
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.outages import KeyStoreDown
 from proxy.server import MIGRATE_FIRST, JsonFormatter, configure_audit
+from proxy.settings import KeySettings
 
 PATIENCE: Final = 30.0
 DAY: Final = 86_400
@@ -147,8 +149,7 @@ async def rotate(store: SqlKeyStore, options: argparse.Namespace, now: int) -> N
 async def import_keys(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
     """Write the keys of a file; what is not in it stays."""
     text = options.file.read()
-    read = parse_digest_lines if text.lstrip().startswith("sha256:") else parse_keys
-    keys = [dataclasses.replace(key, created=now, created_by=options.by) for key in read(text)]
+    keys = [dataclasses.replace(key, created=now, created_by=options.by) for key in parse_import(text)]
     outcomes = await store.add(keys)
     for key in keys:
         if outcomes[key.id] != "unchanged":
@@ -157,6 +158,9 @@ async def import_keys(store: SqlKeyStore, options: argparse.Namespace, now: int)
         _say(json.dumps(outcomes))
     else:
         _say("\n".join(f"{key.id} {key.name}: {outcomes[key.id]}" for key in keys))
+
+
+_CHANGING: Final[frozenset[Command]] = frozenset({create, revoke, rotate, import_keys})
 
 
 def _add(parsers: Parsers, name: str, command: Command, text: str) -> argparse.ArgumentParser:
@@ -176,7 +180,7 @@ def _running(command: Command) -> Callable[[argparse.Namespace], int]:
         audit.log.handlers = [handler]
         configure_audit(settings.audit_file)
         try:
-            asyncio.run(_perform(command, settings.database_url.get_secret_value(), options))
+            asyncio.run(_perform(command, settings, options))
         except (KeyRefusedError, ValueError) as error:
             raise SettingsError([str(error)]) from error
         except KeyStoreDown as problem:
@@ -186,14 +190,30 @@ def _running(command: Command) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-async def _perform(command: Command, url: str, options: argparse.Namespace) -> None:
-    store = SqlKeyStore(url, patience=PATIENCE)
+async def _perform(command: Command, settings: KeySettings, options: argparse.Namespace) -> None:
+    try:
+        store = SqlKeyStore(settings.database_url.get_secret_value(), patience=PATIENCE)
+    except ValueError as error:
+        raise SettingsError([f"PROXY_DATABASE_URL: {error}"]) from error
     try:
         if command is not migrate and not await store.is_migrated():
             raise KeyRefusedError(MIGRATE_FIRST)
-        await command(store, options, int(time.time()))
+        try:
+            await command(store, options, int(time.time()))
+        finally:  # what failed may have changed something before
+            if command in _CHANGING and settings.redis_url is not None:
+                await _announce(Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix))
     finally:
         await store.close()
+
+
+async def _announce(notices: Notices) -> None:
+    """Have every proxy see at once what was done. They will see it anyway, so nothing fails here."""
+    try:
+        if failure := await notices.announce():
+            print(f"Redis did not take the news ({failure}): proxies see it within 5 seconds.", file=sys.stderr)
+    finally:
+        await notices.close()
 
 
 def _new_key() -> tuple[str, KeyParts]:

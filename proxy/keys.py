@@ -13,12 +13,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, Va
 from proxy.credentials import KEY_PREFIX
 from proxy.model import StoredKey
 from proxy.operations import SCOPES
+from proxy.policies import RATE
 
 DIGEST_FORM: Final = re.compile(r"sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})", re.ASCII)
 _KEY: Final = re.compile(rf"{KEY_PREFIX}_[0-9A-Za-z_]+", re.ASCII)
 _WORD: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-_AMOUNT: Final = r"[1-9][0-9]{0,8}/([1-9][0-9]{0,3} ?)?(second|minute|hour|day)s?"
-_RATE: Final = rf"^(off|{_AMOUNT}(;{_AMOUNT}){{0,3}})$"
 
 
 class KeyEntry(BaseModel):
@@ -30,7 +29,7 @@ class KeyEntry(BaseModel):
     digest: str
     scopes: frozenset[str]
     tier: Annotated[str, StringConstraints(pattern=_WORD)] = "default"
-    rate: Annotated[str, StringConstraints(pattern=_RATE)] | None = None
+    rate: Annotated[str, StringConstraints(pattern=RATE.pattern)] | None = None
     expires: AwareDatetime | None = None
 
     @field_validator("digest")
@@ -65,6 +64,13 @@ def parse_keys(text: str) -> tuple[StoredKey, ...]:
     except ValidationError as error:
         raise ValueError(_faults(error)) from error
     return _different([_key_of(entry) for entry in entries])
+
+
+def parse_import(text: str) -> tuple[StoredKey, ...]:
+    """Read keys in either form; the first line that is neither blank nor a remark tells which. Raises ValueError."""
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    return parse_digest_lines(text) if first.startswith("sha256:") else parse_keys(text)
 
 
 def parse_digest_lines(text: str) -> tuple[StoredKey, ...]:

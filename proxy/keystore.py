@@ -5,6 +5,7 @@ Never sees a key, only digests; every answer comes within a stated time, or is K
 
 import asyncio
 import dataclasses
+import inspect
 import os
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -23,6 +24,11 @@ from proxy.outages import KeyStoreDown
 ANSWER_SECONDS: Final = 1.5
 """How long one answer to a serving process may take; with the time between polls it bounds a revocation."""
 _CONNECTIONS: Final = 3  # one each for the watch, the look-ups and the uses
+_LAST_PORT: Final = 65_535
+_NO_ADDRESS: Final = (
+    "is no address of a database: %-code what is neither letter nor digit in user and password, "
+    "and after ? name asyncpg's options only (sslmode is called ssl there)"
+)
 
 METADATA: Final = sql.MetaData()
 KEYS: Final = sql.Table(
@@ -62,8 +68,9 @@ class SqlKeyStore:
         self._patience = patience
         try:
             self._engine = _engine(url, patience)
-        except ArgumentError as error:
-            raise ValueError("is no address of a database") from error
+        except (ArgumentError, ValueError) as error:
+            # Not its own words: they may quote what stands after an @ or a colon of the password.
+            raise ValueError(_NO_ADDRESS) from error
 
     async def close(self) -> None:
         """Close every connection."""
@@ -196,9 +203,15 @@ def _engine(url: str, patience: float) -> AsyncEngine:
     options: dict[str, Any] = {"pool_size": _CONNECTIONS, "max_overflow": 0, "pool_timeout": patience}
     if address.get_backend_name() == "sqlite":
         options["async_creator"] = lambda: _open_file(address.database or "", patience)
+    elif address.query.keys() - _options_of_asyncpg() or not 0 < (address.port or 1) <= _LAST_PORT:
+        raise ArgumentError(_NO_ADDRESS)
     else:
         options["connect_args"] = {"timeout": patience}
     return create_async_engine(address, pool_pre_ping=True, hide_parameters=True, **options)
+
+
+def _options_of_asyncpg() -> set[str]:
+    return {*inspect.signature(asyncpg.connect).parameters, "prepared_statement_cache_size"}
 
 
 async def _open_file(path: str, patience: float) -> aiosqlite.Connection:

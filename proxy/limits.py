@@ -18,7 +18,8 @@ from slowapi import Limiter
 
 from proxy.errors import RateExceeded
 from proxy.model import Headers
-from proxy.windows import BoundedMemoryStorage, seconds_to_room, weighted
+from proxy.standings import seconds_to_room, weighted
+from proxy.windows import BoundedMemoryStorage
 
 _STRATEGY: Final = "sliding-window-counter"
 
@@ -26,14 +27,14 @@ _STRATEGY: Final = "sliding-window-counter"
 class QuietLimiter(Limiter):
     """slowapi's limiter, with what it is given and nothing else: not what `.env` or RATELIMIT_… would add."""
 
-    def __init__(self, *, clock: Callable[[], float]) -> None:
+    def __init__(self, *, clock: Callable[[], float], strategy: str = _STRATEGY) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that the null file is not a file is the point of it
             super().__init__(
                 key_func=lambda: "",
                 storage_uri="bounded-memory://",
                 storage_options={"clock": clock},  # type: ignore[dict-item] # it passes on what it is given
-                strategy=_STRATEGY,
+                strategy=strategy,
                 config_filename=os.devnull,
             )
 

@@ -6,7 +6,9 @@ Nothing here decides, acts or imports a library; every other room may import thi
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
+
+from proxy.ends import End
 
 # ASGI 3.0 (asgi.readthedocs.io); values are open by specification.
 type Scope = MutableMapping[str, Any]
@@ -32,6 +34,7 @@ class Principal:
 
     `namespace` owns threads and is unique across kinds and issuers; `name` is what the access line shows.
     `caller` is who is charged where that is not the namespace: a tenant's member, or who acts `on_behalf_of` a user.
+    `tenant` is the tenant's namespace, empty without one.
     `key_id` is the API key's, empty for a token; `rate` replaces the deployment's own, in its notation.
     """
 
@@ -44,6 +47,7 @@ class Principal:
     rate: str | None = None
     key_id: str = ""
     caller: str = ""
+    tenant: str = ""
     on_behalf_of: str | None = None
 
     @property
@@ -87,11 +91,22 @@ class StoredKey:
         return ""
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Model tokens that a run has used so far; `estimated` when any of them was told from bytes, not reported."""
+
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    estimated: bool
+
+
 @dataclass(slots=True)
 class Record:
     """What is known of one request so far; filled along its way, written as the access line at its end.
 
-    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out.
+    Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out. While the
+    run `goes_on` upstream without its client, its lease is held.
     """
 
     request_id: bytes
@@ -102,10 +117,13 @@ class Record:
     status: int = 0
     sent_bytes: int = 0
     first_byte_at: float | None = None
-    end: str = "done"
+    end: End = End.DONE
+    code: str = ""
     reason: str = ""
     fault: str = ""
     answer_fields: Headers = field(default_factory=list)
+    usage: Usage | None = None
+    goes_on: bool = False
 
 
 RECORD: Final = "agentflow_proxy.record"
@@ -140,8 +158,23 @@ class Deadlines:
     total: float
 
 
+type ErrorDetail = Literal["safe", "log", "full"]
+"""What a client gets of an error line: a safe form; that, and a log line of the rest; the line itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRules:
+    """How answers flow; see `flowsettings`. Times are in seconds."""
+
+    heartbeat: float
+    max_line: int
+    error_detail: ErrorDetail
+    stop_on_disconnect: bool
+    stop_over_budget: bool
+
+
 class Exchange(Protocol):
-    """One answer from upstream, its head read, its body still coming."""
+    """One answer from upstream, its body still coming."""
 
     @property
     def status(self) -> int:
@@ -155,11 +188,22 @@ class Exchange(Protocol):
     def ended(self) -> bool:
         """Whether the last byte has been read: the answer is whole."""
 
+    @property
+    def active(self) -> float:
+        """When something last came from upstream, or was read here; by the event loop's clock."""
+
+    async def head(self) -> bool:
+        """Wait until status and headers are known; False when `nudge` came first."""
+
     async def read(self) -> bytes:
         """Give the bytes that have arrived, at least one, or `b""` at the true end; then `ended` holds.
 
-        Raises an upstream Problem when the answer was cut, broke the framing or missed a deadline.
+        `b""` before the end: `nudge` was called. Raises an upstream Problem when the answer was cut, broke the
+        framing or missed a deadline. To cancel it changes nothing.
         """
+
+    def nudge(self) -> None:
+        """Let a waiting `head` or `read` return with nothing; does nothing when none waits."""
 
     def abandon(self, reason: Exception) -> None:
         """Close upstream at once; a waiting `read` raises `reason`."""
@@ -168,8 +212,21 @@ class Exchange(Protocol):
 class Upstream(Protocol):
     """Where requests are forwarded to."""
 
-    async def begin(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
-        """Send `request` and wait for the answer's head."""
+    async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> Exchange:
+        """Send `request`, and wait for nothing more; the exchange must be read to its end or abandoned."""
+
+
+class Lease(Protocol):
+    """A request's admission, and the slots it holds until its run upstream has ended."""
+
+    fields: Headers
+    """The RateLimit fields of the answer."""
+
+    def charge(self, tokens: int, *, estimated: bool) -> bool:
+        """Charge model tokens that were used; give whether the budgets still have some left."""
+
+    def release(self) -> None:
+        """Free the slots: the run upstream has ended. Asked again, nothing; never blocks."""
 
 
 class KeyStore(Protocol):

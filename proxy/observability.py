@@ -4,6 +4,7 @@ Runs for failed requests too. Never logs a credential, a prompt, a body or a que
 """
 
 import asyncio
+import contextlib
 import logging
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Final
 
 from starlette.exceptions import HTTPException
 
+from proxy.ends import End
 from proxy.errors import MethodNotAllowed, NotFound, Problem
 from proxy.forwarding import request_id_of
 from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, Send
@@ -20,6 +22,7 @@ from proxy.outages import Draining
 access_log: Final = logging.getLogger("agentflow_proxy.access")
 error_log: Final = logging.getLogger("agentflow_proxy.error")
 _CLOSE_POLICY: Final = 1008
+_LAST_WORDS_SECONDS: Final = 1.0
 
 
 class Observability:
@@ -77,8 +80,10 @@ class Observability:
             error_log.error("request.failed", extra={"fields": fields})
             await self._answer(Problem(reason=type(error).__name__), scope, observed)
         except asyncio.CancelledError:  # the grace is over
-            await self._answer(Draining(reason="the grace is over"), scope, observed)
-            record.end = "shutdown"
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_SECONDS):  # a client that does not read is not waited for
+                    await self._answer(Draining(reason="the grace is over"), scope, observed)
+            record.end = End.SHUTDOWN
             raise
         finally:
             self._write_line(scope, record)
@@ -86,7 +91,8 @@ class Observability:
     async def _answer(self, problem: Problem, scope: Scope, send: Send) -> None:
         """Send the problem if nothing was sent yet; else leave the answer cut, which is what it is."""
         record: Record = scope[RECORD]
-        record.end, record.reason, record.fault = problem.code, problem.reason, problem.fault
+        record.end, record.code = problem.end, problem.code
+        record.reason, record.fault = problem.reason, problem.fault
         if record.status:
             return
         if problem.status == 499:  # noqa: PLR2004  nobody is there
@@ -122,7 +128,7 @@ class Observability:
         if record.principal is not None and record.principal.on_behalf_of is not None:
             fields["on_behalf_of"] = record.principal.on_behalf_of
         if record.fault:
-            fields |= {"fault": record.fault, "reason": record.reason}
+            fields |= {"code": record.code, "fault": record.fault, "reason": record.reason}
         access_log.info("request.finished", extra={"fields": fields})
 
 

@@ -1,7 +1,16 @@
 """The problems that no caller can mend: this proxy cannot serve now, or the sidecar did not."""
 
+from typing import Final
+
+from proxy.ends import End
 from proxy.errors import CLOSE, REDUCED_CAPACITY, Fault, Problem
 from proxy.model import Headers
+
+_DEADLINES: Final = {
+    "connect": End.CONNECT_DEADLINE,
+    "first byte": End.FIRST_BYTE_DEADLINE,
+    "idle": End.IDLE_DEADLINE,
+}
 
 
 class Unavailable(Problem):
@@ -10,6 +19,7 @@ class Unavailable(Problem):
     status = 503
     code = "unavailable"
     type = REDUCED_CAPACITY
+    end = End.UNAVAILABLE
 
     def headers(self) -> Headers:
         return [(b"retry-after", b"1")]
@@ -32,6 +42,20 @@ class PoolExhausted(Unavailable):
     title = "Too many requests are in flight"
 
 
+class ReducedCapacity(Unavailable):
+    """This process has more to do than it may, so that new work has to wait; what runs goes on."""
+
+    code = "reduced_capacity"
+    title = "This proxy has too much to do"
+
+    def __init__(self, detail: str = "", *, retry_after: int = 1, reason: str = "") -> None:
+        super().__init__(detail, reason=reason)
+        self.retry_after = retry_after
+
+    def headers(self) -> Headers:
+        return [(b"retry-after", b"%d" % self.retry_after)]
+
+
 class KeyStoreDown(Unavailable):
     """A key is not known here, and the store that may know it does not answer."""
 
@@ -46,6 +70,13 @@ class KeysUnavailable(Unavailable):
     title = "The credential cannot be proven now"
 
 
+class LimitsUnavailable(Unavailable):
+    """Redis does not answer, and PROXY_LIMITS_WITHOUT_REDIS says to refuse then."""
+
+    code = "limits_unavailable"
+    title = "Limits cannot be counted now"
+
+
 class UpstreamProblem(Problem):
     """The sidecar was at fault."""
 
@@ -53,6 +84,7 @@ class UpstreamProblem(Problem):
     code = "upstream_unreachable"
     title = "The agent cannot be reached"
     fault = Fault.UPSTREAM
+    end = End.UPSTREAM_UNREACHABLE
 
 
 class UpstreamCut(UpstreamProblem):
@@ -60,6 +92,7 @@ class UpstreamCut(UpstreamProblem):
 
     code = "upstream_cut"
     title = "The agent's answer was cut off"
+    end = End.UPSTREAM_CUT
 
 
 class UpstreamMalformed(UpstreamProblem):
@@ -67,6 +100,23 @@ class UpstreamMalformed(UpstreamProblem):
 
     code = "upstream_malformed"
     title = "The agent's answer cannot be read"
+    end = End.UPSTREAM_MALFORMED
+
+
+class LineTooLong(UpstreamProblem):
+    """A line was longer than an event may be."""
+
+    code = "line_too_long"
+    title = "The agent sent a line that is too long"
+    end = End.LINE_TOO_LONG
+
+
+class RunRefused(UpstreamProblem):
+    """The sidecar answered with something else than a stream, when the client already had a stream's beginning."""
+
+    code = "upstream_error"
+    title = "The run failed"
+    end = End.UPSTREAM_ERROR
 
 
 class RunDeadline(UpstreamProblem):
@@ -75,6 +125,7 @@ class RunDeadline(UpstreamProblem):
     status = 504
     code = "total_deadline"
     title = "The answer took too long"
+    end = End.TOTAL_DEADLINE
 
 
 class UpstreamDistrust(UpstreamProblem):
@@ -90,3 +141,13 @@ class UpstreamDeadline(UpstreamProblem):
     status = 504
     code = "upstream_deadline"
     title = "The agent did not answer in time"
+
+    def __init__(self, detail: str = "", *, reason: str = "") -> None:
+        super().__init__(detail, reason=reason)
+        self.end = _DEADLINES.get(reason, End.FIRST_BYTE_DEADLINE)
+
+
+def require_trust(status: int) -> None:
+    """Raise UpstreamDistrust for a 401: that is about our token, not the caller's."""
+    if status == 401:  # noqa: PLR2004  Unauthorized
+        raise UpstreamDistrust

@@ -22,6 +22,8 @@ class OneAtATime(HttpToolsProtocol):
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
 
+    _was_closing = False
+
     @override
     def on_message_begin(self) -> None:
         if self._is_answering():
@@ -45,6 +47,16 @@ class OneAtATime(HttpToolsProtocol):
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
+
+    def give_up_closing(self) -> None:
+        """Abort a connection that was closing already when this was called before: its client does not read.
+
+        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
+        """
+        if self.transport.is_closing():
+            if self._was_closing:
+                self.transport.abort()
+            self._was_closing = True
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

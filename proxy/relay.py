@@ -1,18 +1,23 @@
 """Moving bytes: the request's body in, bounded; the answer out, as it comes, until either side ends it.
 
-Speaks ASGI itself, so that each read from upstream is one send; never decodes, holds back or retries.
+Speaks ASGI itself, so that each read from upstream is one send; never decodes or retries.
 """
 
 import asyncio
 from types import TracebackType
 from typing import Final, Self
 
-from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft
+from proxy.ends import End
+from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft, Problem
 from proxy.forwarding import downstream_headers
-from proxy.model import Deadlines, Exchange, Headers, Receive, Send, Upstream, UpstreamRequest
-from proxy.outages import RunDeadline, UpstreamDistrust, UpstreamMalformed
+from proxy.model import Deadlines, Exchange, FlowRules, Headers, Lease, Receive, Send, Upstream, UpstreamRequest
+from proxy.outages import RunDeadline, UpstreamMalformed, require_trust
+from proxy.runs import Run, Runs, Spending
+from proxy.streams import Stream
 
 MAX_COLLECTED_BYTES: Final = 16 << 20
+_UNHEARD: Final = frozenset({End.FIRST_BYTE_DEADLINE, End.IDLE_DEADLINE, End.TOTAL_DEADLINE, End.SHUTDOWN})
+"""An invoke that ends so goes on upstream, with nobody to hear its answer."""
 
 
 async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: float) -> bytes:
@@ -96,37 +101,80 @@ class ClientPresent:
 class Relay:
     """Sends requests upstream and their answers down."""
 
-    def __init__(self, upstream: Upstream) -> None:
+    def __init__(self, upstream: Upstream, runs: Runs, rules: FlowRules) -> None:
         self._upstream = upstream
+        self._rules = rules
+        self.runs = runs
+        """The runs that go on."""
 
-    async def relay(self, request: UpstreamRequest, deadlines: Deadlines, receive: Receive, send: Send) -> None:
-        """Pass one answer on, byte for byte, each part as it arrives.
+    async def relay(
+        self,
+        request: UpstreamRequest,
+        deadlines: Deadlines,
+        lease: Lease,
+        receive: Receive,
+        send: Send,
+        *,
+        run: Run | None = None,
+    ) -> None:
+        """Pass one answer on, each part as it arrives; a run's as `run` has it, any other byte for byte.
 
-        Raises a Problem; after the answer has begun this leaves it visibly cut, never ended.
+        Releases the lease when the exchange upstream is over, which for an invoke may be long after its client has
+        left. Raises a Problem; an answer that has begun is then left visibly cut, or its end told in an event.
         """
-        async with ClientPresent(receive, deadlines.total):
-            exchange = await self._upstream.begin(request, deadlines)
-            try:
-                _require_trust(exchange)
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": exchange.status,
-                        "headers": downstream_headers(exchange.headers),
-                    }
-                )
-                while not exchange.ended:
-                    body = await exchange.read()
-                    await send({"type": "http.response.body", "body": body, "more_body": not exchange.ended})
-            finally:
+        if run is not None:
+            await self._relay_run(request, deadlines, lease, receive, send, run)
+            return
+        try:
+            async with ClientPresent(receive, deadlines.total):
+                exchange = await self._upstream.start(request, deadlines)
+                try:
+                    await _pass(exchange, send)
+                finally:
+                    exchange.abandon(ClientLeft())
+        finally:
+            lease.release()
+
+    async def _relay_run(
+        self, request: UpstreamRequest, deadlines: Deadlines, lease: Lease, receive: Receive, send: Send, run: Run
+    ) -> None:
+        stream = Stream(run, self._rules, send) if run.wish is not None else None
+        exchange: Exchange | None = None
+        kept = False
+        started = asyncio.get_running_loop().time()
+        self.runs.begin(run)
+        try:
+            async with ClientPresent(receive, deadlines.total):
+                exchange = await self._upstream.start(request, deadlines)
+                await (_pass(exchange, send, run.spending) if stream is None else stream.deliver(exchange))
+        except ClientLeft:
+            spent = asyncio.get_running_loop().time() - started
+            kept = self.runs.leave(run, exchange, lease, seconds=deadlines.total - spent)
+            raise
+        except (Problem, asyncio.CancelledError) as error:
+            end = error.end if isinstance(error, Problem) else End.SHUTDOWN
+            if exchange is not None:
                 exchange.abandon(ClientLeft())
+                if end is End.BUDGET or (stream is None and end in _UNHEARD):
+                    self.runs.stop(run)
+            if stream is not None:
+                await stream.conclude(end)
+            raise
+        finally:
+            self.runs.end(run)
+            if not kept:
+                if exchange is not None:
+                    exchange.abandon(ClientLeft())
+                lease.release()
+                run.spending.settle()
 
     async def collect(self, request: UpstreamRequest, deadlines: Deadlines, receive: Receive) -> tuple[int, bytes]:
         """Read a whole answer of at most 16 MiB: its status and body. Raises a Problem."""
         async with ClientPresent(receive, deadlines.total):
-            exchange = await self._upstream.begin(request, deadlines)
+            exchange = await self._upstream.start(request, deadlines)
             try:
-                _require_trust(exchange)
+                await exchange.head()
+                require_trust(exchange.status)
                 body = bytearray()
                 while not exchange.ended:
                     body += await exchange.read()
@@ -137,6 +185,14 @@ class Relay:
                 exchange.abandon(ClientLeft())
 
 
-def _require_trust(exchange: Exchange) -> None:
-    if exchange.status == 401:  # noqa: PLR2004  Unauthorized: that is about our token, not the caller's
-        raise UpstreamDistrust
+async def _pass(exchange: Exchange, send: Send, spending: Spending | None = None) -> None:
+    """Pass an answer on byte for byte."""
+    await exchange.head()
+    require_trust(exchange.status)
+    head = downstream_headers(exchange.headers, status=exchange.status)
+    await send({"type": "http.response.start", "status": exchange.status, "headers": head})
+    while not exchange.ended:
+        body = await exchange.read()
+        if spending is not None:
+            spending.note(body)
+        await send({"type": "http.response.body", "body": body, "more_body": not exchange.ended})

@@ -5,20 +5,37 @@ Holds no policy of its own; nothing is reachable that is not a row of the operat
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlencode
 
 from starlette.routing import Route
 
+from proxy.admission import Limits
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
-from proxy.forwarding import client_query, request_upstream
-from proxy.limits import RateLimit
+from proxy.forwarding import client_query, request_upstream, stop_upstream
 from proxy.listing import Gathering, encode_listing, page_of, select
-from proxy.model import RECORD, App, Deadlines, Lifecycle, Principal, Receive, Record, Scope, Send, UpstreamRequest
-from proxy.operations import OPERATIONS, Kind, Operation, is_canonical
+from proxy.model import (
+    RECORD,
+    App,
+    Deadlines,
+    Lease,
+    Lifecycle,
+    Principal,
+    Receive,
+    Record,
+    Scope,
+    Send,
+    UpstreamRequest,
+)
+from proxy.negotiation import wish_of
+from proxy.operations import OPERATIONS, STREAM, Kind, Operation, is_canonical
+from proxy.overload import Overload
 from proxy.relay import Relay, read_body
+from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
 from proxy.tokens import InternalIdentity
+from proxy.usage import reader_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +50,8 @@ class BodyRules:
 class Phases:
     """The phases of every operation, with what they need; one method for each kind of operation."""
 
-    rate: RateLimit
+    overload: Overload
+    limits: Limits
     relay: Relay
     identity: InternalIdentity
     thread_secret: bytes
@@ -43,33 +61,35 @@ class Phases:
     run_deadlines: Deadlines
     query_deadlines: Deadlines
 
-    async def run(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def run(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run, then relay its answer."""
         raw = await self._read(scope, receive)
-        body, _ = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body)
-        await self.relay.relay(request, self.run_deadlines, receive, send)
+        run = self._run(permit, thread_id, lease, scope)
+        await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
-    async def control(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind what acts on a thread, then relay its answer."""
         raw = await self._read(scope, receive)
-        body, _ = bind_control(raw, tag=tag)
+        body, thread_id = bind_control(raw, tag=tag)
         request = self._upstream(permit, scope, body=body)
-        await self.relay.relay(request, self.query_deadlines, receive, send)
+        self.relay.runs.note_stop(thread_id)
+        await self.relay.relay(request, self.query_deadlines, lease, receive, send)
 
-    async def thread(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def thread(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Bind the thread of the path, then relay the answer about it."""
         parameters = bind_parameters(scope["path_params"], tag)
         body = b"{}" if permit.operation.method == "DELETE" else b""  # the sidecar wants an object
         request = self._upstream(permit, scope, parameters=parameters, query=scope["query_string"], body=body)
-        await self.relay.relay(request, self.query_deadlines, receive, send)
+        await self.relay.relay(request, self.query_deadlines, lease, receive, send)
 
-    async def plain(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  one signature for all kinds
+    async def plain(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  one signature for all kinds
         """Relay the answer to what concerns no thread."""
         request = self._upstream(permit, scope)
-        await self.relay.relay(request, self.query_deadlines, receive, send)
+        await self.relay.relay(request, self.query_deadlines, lease, receive, send)
 
-    async def listing(self, permit: Permit, tag: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def listing(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  as above; it is released with the request
         """Gather the caller's own threads, and answer with the page of them that was asked for."""
         page = page_of(client_query(scope["query_string"], permit.operation.query))
         gathering = Gathering(tag)
@@ -105,12 +125,23 @@ class Phases:
             request_id=record.request_id,
         )
 
+    def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
+        record: Record = scope[RECORD]
+        streams = permit.operation.scope == STREAM
+        spending = Spending(reader_for("stream" if streams else "answer"), lease, record)
+        stop = partial(self._stop, permit, thread_id, record.request_id)
+        return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 
-type Phase = Callable[[Permit, str, Scope, Receive, Send], Awaitable[None]]
+    def _stop(self, permit: Permit, thread_id: str, request_id: bytes) -> UpstreamRequest:
+        identity = self.identity.token(permit.principal)
+        return stop_upstream(permit, thread_id=thread_id, identity=identity, request_id=request_id)
+
+
+type Phase = Callable[[Permit, str, Lease, Scope, Receive, Send], Awaitable[None]]
 
 
 class Endpoint:
-    """An ASGI endpoint for one row of the table: authorize, charge, then the phases of its kind."""
+    """An ASGI endpoint for one row of the table: authorize, ask for room, charge, then the phases of its kind."""
 
     def __init__(self, operation: Operation, phases: Phases) -> None:
         self._operation = operation
@@ -123,6 +154,8 @@ class Endpoint:
             Kind.PLAIN: phases.plain,
         }
         self._perform = kinds[operation.kind]
+        self._relieves = operation.kind is Kind.CONTROL  # what stops a run is welcome when there are too many
+        self._runs = int(operation.kind is Kind.RUN)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         record: Record = scope[RECORD]
@@ -131,11 +164,21 @@ class Endpoint:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
         permit = authorize(principal, self._operation)
+        overload = self._phases.overload
+        if not self._relieves:
+            overload.require_room(principal.tier)
         secret = self._phases.thread_secret
         tag = tag_of(principal.namespace, secret)
         payer = tag_of(principal.caller, secret) if principal.caller else tag
-        record.answer_fields = self._phases.rate.spend(payer, self._operation.cost)
-        await self._perform(permit, tag, scope, receive, send)
+        lease = await self._phases.limits.admit(principal, payer, self._operation)
+        record.answer_fields = lease.fields
+        overload.open_runs += self._runs
+        try:
+            await self._perform(permit, tag, lease, scope, receive, send)
+        finally:
+            overload.open_runs -= self._runs
+            if not record.goes_on:
+                lease.release()
 
 
 class CanonicalPaths:

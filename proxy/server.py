@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from datetime import UTC, datetime
 from io import TextIOWrapper
@@ -27,10 +27,13 @@ from proxy.model import Lifecycle
 from proxy.observability import place_of
 from proxy.outages import KeyStoreDown
 from proxy.protocol import OneAtATime
+from proxy.reload import Reload
 from proxy.settings import Settings
 from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
+_LINGER_TICKS: Final = 300
+"""A client may take the rest of an ended answer for 30 to 60 s; uvicorn ticks ten times a second."""
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
 SETTLE_SECONDS: Final = 0.25, 2.0
@@ -78,13 +81,17 @@ def configure_logging(level: str, stream: TextIO) -> None:
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter())
     logging.raiseExceptions = False  # a log that cannot be written stops nothing
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(level.upper())
-    server = logging.getLogger("uvicorn.error")
-    server.setLevel(max(logging.WARNING, root.level))
+    logging.getLogger().handlers = [handler]
+    set_log_level(level)
     # A cut answer is left cut on purpose; its access line says why.
-    server.addFilter(lambda record: record.msg not in _EXPECTED)
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg not in _EXPECTED)
+
+
+def set_log_level(level: str) -> None:
+    """Write lines from `level` up."""
+    root = logging.getLogger()
+    root.setLevel(level.upper())
+    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
 
 
 def configure_audit(path: Path | None) -> None:
@@ -116,8 +123,10 @@ class Server(uvicorn.Server):
         pool: Pool,
         drain_delay: float,
         started: Callable[[], None] | None = None,
+        reload: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(config)
+        self._reload = reload
         self._background = background
         self._pool = pool
         self._drain_delay = drain_delay
@@ -133,10 +142,12 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
+        if self._reload is not None:
+            loop.add_signal_handler(signal.SIGHUP, self._reload)
         try:
             yield
         finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     @override
@@ -196,6 +207,14 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     @override
+    async def on_tick(self, counter: int) -> bool:
+        if counter % _LINGER_TICKS == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, OneAtATime):
+                    connection.give_up_closing()
+        return await super().on_tick(counter)
+
+    @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         self._pool.close()
@@ -237,14 +256,26 @@ def require_schema(url: str) -> None:
         raise SettingsError([MIGRATE_FIRST])
 
 
-def build(settings: Settings, *, started: Callable[[], None] | None = None) -> Server:
-    """Build the server for `settings`. Raises SettingsError for what can only be known by trying."""
+def build(
+    settings: Settings,
+    *,
+    started: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Server:
+    """Build the server for `settings`. Raises SettingsError for what can only be known by trying.
+
+    With the `environment` that the settings come from, SIGHUP reads it again.
+    """
     configure_audit(settings.audit_file)
     if settings.database_url is not None:
         require_schema(settings.database_url.get_secret_value())
     lifecycle = Lifecycle()
     pool = make_pool(settings)
     app = create_app(settings, upstream=pool, lifecycle=lifecycle)
+    reload = None
+    if environment is not None:
+        limits, keys = app.state.limits, app.state.keys
+        reload = Reload(settings, environment, limits=limits, keys=keys, set_level=set_log_level)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -265,4 +296,5 @@ def build(settings: Settings, *, started: Callable[[], None] | None = None) -> S
         pool=pool,
         drain_delay=settings.drain_delay_seconds,
         started=started,
+        reload=reload,
     )

@@ -2,9 +2,8 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Final, Literal
 
-import limits
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -14,14 +13,16 @@ from pydantic import (
     field_validator,
 )
 
+from proxy.flowsettings import FlowSettings
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
+from proxy.limitsettings import LimitSettings, RedisUrl
 from proxy.model import Deadlines, StoredKey
+from proxy.overloadsettings import OverloadSettings
 from proxy.tokensettings import Seconds, TokenSettings
 
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
 _LAST_PORT: Final = 65_535
-_LONGEST_WINDOW: Final = 366 * 86_400
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 
@@ -39,32 +40,11 @@ def _database_url(value: object) -> object:
     return value
 
 
-def _rate(value: str) -> str:
-    if value != "off":
-        try:
-            items = limits.parse_many(value)
-            amounts = [item.amount if 0 < item.get_expiry() <= _LONGEST_WINDOW else 0 for item in items]
-        except ValueError:
-            amounts = []
-        if not amounts or min(amounts) < 1:
-            raise ValueError("must be `off` or amounts per window, such as 60/minute or 10/second;1000/day")
-    return value
-
-
-def _share(rate: str, workers: int) -> str:
-    if rate == "off":
-        return rate
-    return ";".join(
-        f"{max(1, item.amount // workers)}/{item.multiples}{item.GRANULARITY.name}" for item in limits.parse_many(rate)
-    )
-
-
 type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
-type Rate = Annotated[str, Field(description="amount/window; off")]
 
 
-class Settings(TokenSettings):
+class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
@@ -87,9 +67,6 @@ class Settings(TokenSettings):
         float, Field(ge=5, le=86_400, description="known keys go on for this long while the database is down")
     ] = 300
     audit_file: Annotated[Path | None, Field(description="gets the audit log; unset: with the other lines")] = None
-    rate_limit: Annotated[Rate, Field(description="per caller")] = "60/minute"
-    auth_failure_limit: Annotated[Rate, Field(description="failed credentials per address")] = "20/minute"
-    legacy_rate_headers: Annotated[bool, Field(description="send X-RateLimit-… too")] = False
     max_body_bytes: Annotated[int, Field(ge=1024, le=64 << 20, description="largest request body")] = 1 << 20
     body_timeout_seconds: Annotated[Seconds, Field(description="for the whole request body")] = 30
     allow_system_messages: Annotated[bool, Field(description='let callers send role "system"')] = False
@@ -125,20 +102,10 @@ class Settings(TokenSettings):
             raise ValueError("must be http://host:port, without a path")
         return value.rstrip("/")
 
-    @field_validator("rate_limit", "auth_failure_limit")
-    @classmethod
-    def _is_rate(cls, value: str) -> str:
-        return _rate(value)
-
     @field_validator("api_keys", mode="before")
     @classmethod
     def _are_keys(cls, value: object) -> object:
         return parse_keys(value) if isinstance(value, str) else value
-
-    def for_each_of(self, workers: int) -> Self:
-        """Give what each of several workers goes by: its share of what is counted in the process, at least 1."""
-        shares = {name: _share(getattr(self, name), workers) for name in ("rate_limit", "auth_failure_limit")}
-        return self.model_copy(update=shares)
 
     def run_deadlines(self) -> Deadlines:
         """Give the deadlines of invoke and stream."""
@@ -162,3 +129,5 @@ class KeySettings(BaseModel):
 
     database_url: DatabaseUrl
     audit_file: Path | None = None
+    redis_url: RedisUrl | None = None
+    redis_prefix: str = "agentflow-proxy"

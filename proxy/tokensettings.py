@@ -42,6 +42,9 @@ class TokenSettings(BaseModel):
         float | None, Field(gt=0, le=1e9, description="longest time since a token's iat, which it then must have")
     ] = None
     jwt_tenant_claim: Annotated[str, Field(min_length=1, description="the claim that names a tenant")] = "tenant"
+    jwt_rate_claim: Annotated[
+        str | None, Field(min_length=1, description="the claim that holds a caller's own rate; unset: none does")
+    ] = None
     namespace: Annotated[
         Literal["principal", "tenant"], Field(description="whose a token's threads are: its subject's or its tenant's")
     ] = "principal"
@@ -84,7 +87,9 @@ class TokenSettings(BaseModel):
         return ClaimRules(
             issuer=self.jwt_issuer,
             audience=self.jwt_audience,
-            names=ClaimNames(tenant=(self.jwt_tenant_claim,)),
+            names=ClaimNames(
+                tenant=(self.jwt_tenant_claim,), rate=(self.jwt_rate_claim,) if self.jwt_rate_claim else None
+            ),
             leeway=self.jwt_leeway_seconds,
             max_age=self.jwt_max_age_seconds,
             max_lifetime=self.jwt_max_lifetime_seconds,

@@ -17,8 +17,6 @@ from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, Upstream
 
 MAX_WAITING_BYTES: Final = 65_536
 """Upstream is paused while this much of a body waits for the client."""
-
-
 _FAILED: Final = 500
 
 
@@ -100,11 +98,12 @@ class PooledExchange:
         self._deadlines = deadlines
         self._answer = Answer()
         self._failure: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[bool] | None = None
         self._paused = False
         self.ended = False
         """See `model.Exchange.ended`."""
-        self._active = self._loop.time()
+        self.active = self._loop.time()
+        """See `model.Exchange.active`."""
         self._timer = self._loop.call_later(deadlines.first_byte, self._check_deadlines)
 
     @property
@@ -117,16 +116,19 @@ class PooledExchange:
         """See `model.Exchange.headers`."""
         return self._answer.headers
 
-    async def head(self) -> None:
-        """Wait until status and headers are known."""
+    async def head(self) -> bool:
+        """See `model.Exchange.head`."""
         while not self._answer.begun:
-            await self._more()
+            if not await self._more():
+                return False
+        return True
 
     async def read(self) -> bytes:
         """See `model.Exchange.read`."""
         answer = self._answer
         while not answer.waiting and not answer.complete:
-            await self._more()
+            if not await self._more():
+                return b""
         if answer.complete:
             self.ended = True
             # A server that failed may close without having said so: uvicorn does, after an unhandled exception.
@@ -134,7 +136,7 @@ class PooledExchange:
         elif self._paused and self._connection is not None:
             self._paused = False
             self._connection.resume()
-        self._active = self._loop.time()
+        self.active = self._loop.time()
         return answer.take()
 
     def abandon(self, reason: Exception) -> None:
@@ -142,11 +144,15 @@ class PooledExchange:
         if self._connection is not None:
             self.fail(reason)
 
+    def nudge(self) -> None:
+        """See `model.Exchange.nudge`."""
+        self._wake(more=False)
+
     # What the connection calls.
 
     def feed(self, data: bytes) -> None:
         """Take in what arrived."""
-        self._active = self._loop.time()
+        self.active = self._loop.time()
         try:
             self._answer.feed(data)
         except Problem as problem:
@@ -173,21 +179,15 @@ class PooledExchange:
 
     # Inside.
 
-    async def _more(self) -> None:
+    async def _more(self) -> bool:
         if self._failure is not None:
             raise self._failure
         self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        except asyncio.CancelledError:
-            self._part(reusable=False)
-            raise
-        finally:
-            self._waiter = None
+        return await self._waiter
 
-    def _wake(self) -> None:
+    def _wake(self, *, more: bool = True) -> None:
         if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+            self._waiter.set_result(more)
 
     def _part(self, *, reusable: bool) -> None:
         self._timer.cancel()
@@ -201,7 +201,7 @@ class PooledExchange:
         now = self._loop.time()
         patience = self._deadlines.idle if self._answer.begun else self._deadlines.first_byte
         # While bytes wait for the client, it is the client who is slow, not upstream.
-        due = (now if self._answer.waiting else self._active) + patience
+        due = (now if self._answer.waiting else self.active) + patience
         if now >= due:
             self.fail(UpstreamDeadline(reason="idle" if self._answer.begun else "first byte"))
         else:
@@ -223,12 +223,10 @@ class Pool:
         self.open = 0
         """Connections that are open or being opened."""
 
-    async def begin(self, request: UpstreamRequest, deadlines: Deadlines) -> PooledExchange:
-        """See `model.Upstream.begin`. Raises UpstreamProblem or PoolExhausted."""
+    async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> PooledExchange:
+        """See `model.Upstream.start`. Raises UpstreamProblem or PoolExhausted."""
         connection = self._take() or await self._connect(deadlines.connect)
-        exchange = connection.begin(encode_request(request, self._authority), deadlines)
-        await exchange.head()
-        return exchange
+        return connection.begin(encode_request(request, self._authority), deadlines)
 
     def close(self) -> None:
         """Close idle connections; those in use close when they are done."""

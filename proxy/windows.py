@@ -1,68 +1,39 @@
-"""Sliding window counters: the arithmetic, and a bounded memory to keep the counts in.
+"""A bounded memory to keep counts in, in process: windows of every strategy, the longest unused forgotten first.
 
 Reads a clock, and nothing else; one event loop uses it, so it needs no lock and no thread.
 """
 
-import math
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, override
 
 from limits.storage import Storage
-from limits.storage.base import SlidingWindowCounterSupport
+from limits.storage.base import MovingWindowSupport, SlidingWindowCounterSupport
+
+from proxy.standings import fits, left_of
 
 MOST_PARTITIONS: Final = 100_000
-
-
-def weighted(previous: int, current: int, share: float) -> float:
-    """Estimate the requests of the last window: this one's, and of the one before the `share` it still covers."""
-    return previous * share + current
-
-
-def left_of(window: int, now: float) -> float:
-    """Give the seconds until the clock-aligned window around `now` (Unix seconds) ends: above 0, at most `window`."""
-    return window - now % window
-
-
-def fits(previous: int, current: int, *, limit: int, window: int, left: float) -> bool:
-    """Say whether one more request fits under `limit` when `left` seconds of the window remain; past its end too."""
-    if left <= 0:
-        previous, current, left = current, 0, left + window
-    return math.floor(weighted(previous if left > 0 else 0, current, left / window)) < limit
-
-
-def seconds_to_room(previous: int, current: int, *, limit: int, window: int, left: float) -> int:
-    """Give the least whole seconds, at least 1, after which one more request fits if none comes until then.
-
-    `left` is what remains of the window, in seconds. What can never fit is told to come in two windows.
-    """
-    if limit <= 0:
-        return 2 * window
-    if current < limit:
-        estimate = left - (limit - current) / max(previous, 1) * window
-    else:
-        estimate = left + window - limit / current * window
-    wait = max(1, math.floor(estimate))
-    while not fits(previous, current, limit=limit, window=window, left=left - wait):
-        wait += 1
-    return wait
+MOST_MOMENTS: Final = 1_000_000
+"""What all moving windows together may hold; 8 bytes and a float each."""
 
 
 @dataclass(slots=True)
 class _Counts:
-    """Counts of one key: in the window numbered `index`, and in the one before."""
+    """Counts of one key: in the window of `window` seconds numbered `index`, and in the one before."""
 
+    window: int
     index: int
     current: int
     previous: int
 
 
-class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport):
-    """Counts in a bounded map, the longest unused dropped first; the storage of `bounded-memory://`.
+class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport, MovingWindowSupport):
+    """Counts in bounded maps, the longest unused dropped first; the storage of `bounded-memory://`.
 
-    Replaces limits' MemoryStorage, whose scan thread takes most of a core at 100,000 keys.
+    Replaces limits' MemoryStorage, whose scan thread takes most of a core at 100,000 keys. Fixed windows are aligned
+    to the clock, as sliding ones are.
     """
 
     STORAGE_SCHEME = ["bounded-memory"]  # noqa: RUF012  limits reads it off the class
@@ -73,13 +44,17 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport):
         *,
         wrap_exceptions: bool = False,
         most: int = MOST_PARTITIONS,
+        most_moments: int = MOST_MOMENTS,
         clock: Callable[[], float] = time.time,
         **options: float | str | bool,
     ) -> None:
         super().__init__(uri, wrap_exceptions, **options)
         self._most = most
+        self._most_moments = most_moments
         self._clock = clock
         self._counts: OrderedDict[str, _Counts] = OrderedDict()
+        self._moments: OrderedDict[str, deque[float]] = OrderedDict()
+        self._held = 0
         self.moment: float | None = None
         """While set, the time that counts (Unix seconds), so that one decision is of one moment."""
 
@@ -91,6 +66,12 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport):
     def now(self) -> float:
         """Give the time that counts."""
         return self._clock() if self.moment is None else self.moment
+
+    def add(self, key: str, window: int, amount: int) -> tuple[int, int]:
+        """Charge what was used already, room or not; give the last window's count and this one's."""
+        counts = self._at(key, window, self.now())
+        counts.current += amount
+        return counts.previous, counts.current
 
     @override
     def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
@@ -113,11 +94,59 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport):
     def clear_sliding_window(self, key: str, expiry: int) -> None:
         self._counts.pop(key, None)
 
-    def _at(self, key: str, expiry: int, now: float) -> _Counts:
-        index = int(now // expiry)
+    @override
+    def incr(self, key: str, expiry: int, amount: int = 1) -> int:
+        return self.add(key, expiry, amount)[1]
+
+    @override
+    def get(self, key: str) -> int:
+        counts = self._counts.get(key)
+        return self._at(key, counts.window, self.now()).current if counts is not None else 0
+
+    @override
+    def get_expiry(self, key: str) -> float:
+        counts, now = self._counts.get(key), self.now()
+        return now + (left_of(counts.window, now) if counts is not None else 0)
+
+    @override
+    def acquire_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
+        moments = self._moments_of(key, expiry)
+        if len(moments) + amount > limit:
+            return False
+        moments.extend([self.now()] * amount)
+        self._held += amount
+        while self._held > self._most_moments or len(self._moments) > self._most:
+            self._held -= len(self._moments.popitem(last=False)[1])
+        return True
+
+    @override
+    def get_moving_window(self, key: str, limit: int, expiry: int) -> tuple[float, int]:
+        moments = self._moments_of(key, expiry)
+        return moments[0] if moments else self.now(), len(moments)
+
+    def moment_at(self, key: str, place: int) -> float:
+        """Give when the `place`th oldest request that still counts in a moving window came, from 0."""
+        return self._moments[key][place]
+
+    def _moments_of(self, key: str, window: int) -> deque[float]:
+        moments = self._moments.get(key)
+        if moments is None:
+            moments = self._moments[key] = deque()
+            if len(self._moments) > self._most:
+                self._held -= len(self._moments.popitem(last=False)[1])
+            return moments
+        since = self.now() - window
+        while moments and moments[0] <= since:
+            moments.popleft()
+            self._held -= 1
+        self._moments.move_to_end(key)
+        return moments
+
+    def _at(self, key: str, window: int, now: float) -> _Counts:
+        index = int(now // window)
         counts = self._counts.get(key)
         if counts is None:
-            counts = self._counts[key] = _Counts(index, 0, 0)
+            counts = self._counts[key] = _Counts(window, index, 0, 0)
             if len(self._counts) > self._most:
                 self._counts.popitem(last=False)
             return counts
@@ -128,30 +157,19 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport):
         self._counts.move_to_end(key)
         return counts
 
-    # The rest of limits' interface, which the sliding window does not use.
-
-    @override
-    def incr(self, key: str, expiry: float, amount: int = 1) -> int:
-        raise NotImplementedError
-
-    @override
-    def get(self, key: str) -> int:
-        raise NotImplementedError
-
-    @override
-    def get_expiry(self, key: str) -> float:
-        raise NotImplementedError
-
     @override
     def check(self) -> bool:
         return True
 
     @override
     def reset(self) -> int | None:
-        dropped = len(self._counts)
+        dropped = len(self._counts) + len(self._moments)
         self._counts.clear()
+        self._moments.clear()
+        self._held = 0
         return dropped
 
     @override
     def clear(self, key: str) -> None:
         self._counts.pop(key, None)
+        self._held -= len(self._moments.pop(key, ()))

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from proxy.environment import SECRETS
+from proxy.environment import TEXTS
 from proxy.settings import Settings
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
@@ -15,4 +15,4 @@ def test_every_setting_is_documented_and_nothing_else() -> None:
     known = {name.upper() for name in Settings.model_fields}
 
     assert known <= told
-    assert told - known <= {f"{name.upper()}_FILE" for name in SECRETS}
+    assert told - known <= {f"{name.upper()}_FILE" for name in TEXTS}

@@ -66,7 +66,8 @@ def test_the_life_of_a_request_is_the_order_in_the_code() -> None:
     run = routes[routes.index("async def run") : routes.index("async def control")]
 
     assert app.index("CanonicalPaths(") < app.index("Authentication(") < app.index("Observability(")
-    assert endpoint.index("authorize(") < endpoint.index(".spend(") < endpoint.index("self._perform(")
+    assert endpoint.index("authorize(") < endpoint.index(".require_room(") < endpoint.index(".admit(")
+    assert endpoint.index(".admit(") < endpoint.index("self._perform(")
     assert run.index("self._read(") < run.index("bind_run(") < run.index("self._upstream(") < run.index(".relay(")
 
 

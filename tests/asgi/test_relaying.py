@@ -13,7 +13,8 @@ from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft
 from proxy.model import Deadlines, UpstreamRequest
 from proxy.outages import RunDeadline, UpstreamCut, UpstreamMalformed
 from proxy.relay import MAX_COLLECTED_BYTES, Relay, read_body
-from tests.support.asgi import Client, FakeExchange, FakeUpstream
+from proxy.runs import Runs
+from tests.support.asgi import RULES, Client, FakeExchange, FakeLease, FakeUpstream
 
 REQUEST = UpstreamRequest(b"POST", b"/", (), b"")
 PATIENT = Deadlines(5, 5, 5, 5)
@@ -27,7 +28,12 @@ async def never() -> None:
 
 def relaying(client: Client, upstream: FakeUpstream, deadlines: Deadlines = PATIENT) -> asyncio.Future[None]:
     """Start relaying one answer."""
-    return asyncio.ensure_future(Relay(upstream).relay(REQUEST, deadlines, client.receive, client.send))
+    return asyncio.ensure_future(relay_to(upstream).relay(REQUEST, deadlines, FakeLease(), client.receive, client.send))
+
+
+def relay_to(upstream: FakeUpstream) -> Relay:
+    """Make the relay."""
+    return Relay(upstream, Runs(upstream, RULES), RULES)
 
 
 async def test_each_read_becomes_one_send_in_order() -> None:
@@ -142,9 +148,9 @@ async def test_a_client_leaving_as_the_answer_ends_leaves_no_cancellation_behind
             await asyncio.sleep(0)
 
     async def both() -> str:
-        relay = Relay(FakeUpstream(FakeExchange([b"a", leave])))
+        relay = relay_to(FakeUpstream(FakeExchange([b"a", leave])))
         with contextlib.suppress(ClientLeft):
-            await relay.relay(REQUEST, PATIENT, client.receive, client.send)
+            await relay.relay(REQUEST, PATIENT, FakeLease(), client.receive, client.send)
         await asyncio.sleep(0)
         return "went on"
 
@@ -157,7 +163,7 @@ async def test_a_collected_answer_is_bounded() -> None:
     exchange = FakeExchange(parts)
 
     with pytest.raises(UpstreamMalformed):
-        await Relay(FakeUpstream(exchange)).collect(REQUEST, PATIENT, Client().receive)
+        await relay_to(FakeUpstream(exchange)).collect(REQUEST, PATIENT, Client().receive)
 
     assert len(parts) * (1 << 20) < MAX_COLLECTED_BYTES
     assert exchange.abandoned is not None

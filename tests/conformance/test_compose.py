@@ -189,6 +189,20 @@ def test_proxy_starts_with_these_settings(compose: dict[str, Any], tmp_path: Pat
     assert (settings.host, settings.port, settings.trusted_hops) == ("0.0.0.0", 8000, 1)  # noqa: S104  as meant
 
 
+def test_the_key_store_outlives_the_proxy(compose: dict[str, Any]) -> None:
+    """The database that the example names is in a volume, which the image's user owns."""
+    (mount,) = compose["services"]["proxy"]["volumes"]
+    example = (DEPLOY / "env.example").read_text()
+    user = compose["services"]["proxy"]["user"].partition(":")[0]
+    dockerfile = (DEPLOY / "proxy.Dockerfile").read_text()
+    (address,) = re.findall(r"sqlite\+aiosqlite:///(\S+)", example)
+
+    assert (mount["type"], mount["source"] in compose["volumes"]) == ("volume", True)
+    assert Path(address).parent == Path(mount["target"])
+    assert f'"-o", "{user}", "-g", "{user}", "{mount["target"]}"' in dockerfile
+    assert f"sqlite+aiosqlite:///{address}" in (DEPLOY / "README.md").read_text()
+
+
 def test_agent_starts_with_these_settings(compose: dict[str, Any], provider: dict[str, Any]) -> None:
     """The agent accepts its environment as it is by default, and with a provider laid over it."""
     alone = environment(compose["services"]["agent"]) | {"JWT_SECRET_KEY": "a" * 48}

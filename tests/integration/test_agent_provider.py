@@ -7,6 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from proxy.model import Usage
+from proxy.usage import reader_for
 from tests.support.agent import Agent, ask, internal_token, start_agent, stop
 from tests.support.provider import Provider, stand_in
 
@@ -68,6 +70,17 @@ def test_a_stream_passes_each_delta_on(client: httpx.Client, provider: Provider)
     assert (_text(first), first["delta"]) == ("I ", True)
     assert [_text(message) for message in rest if message["delta"]] == ["heard ", "one ", "two", ""]
     assert (_text(rest[-1]), rest[-1]["delta"]) == ("I heard one two", False)
+
+
+def test_a_stream_whose_usage_nobody_reports_is_estimated(client: httpx.Client) -> None:
+    """AgentFlow asks the provider for no usage in a stream: what was said counts, four bytes a token."""
+    invoked, streamed = reader_for("answer"), reader_for("stream")
+
+    invoked.feed(client.post(INVOKE, json=ask("one two")).content)
+    streamed.feed(client.post(STREAM, json=ask("one two")).content)
+
+    assert invoked.usage() == Usage(7, 3, 10, estimated=False)
+    assert streamed.usage() == Usage(2, 4, 6, estimated=True)
 
 
 def test_a_closed_stream_stops_the_provider(client: httpx.Client, provider: Provider) -> None:

@@ -9,6 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from proxy import usage
+from proxy.model import Usage
+from proxy.usage import reader_for
 from tests.support.agent import Agent, AgentStoppedError, ask, internal_token, start_agent, stop
 
 INVOKE = "/v1/graph/invoke"
@@ -209,6 +212,47 @@ def test_a_doubtful_environment_stops_the_start(tmp_path: Path, environment: dic
 
     assert sentence in str(stopped.value)
     assert "Traceback" not in str(stopped.value)
+
+
+@pytest.mark.parametrize("granularity", ["low", "partial", "full"])
+async def test_what_a_run_used_is_read_from_what_passes_by(client: httpx.AsyncClient, granularity: str) -> None:
+    """At each granularity an answer and a stream tell the same of this run alone, though the thread has an earlier."""
+    for operation, kind in ((INVOKE, "answer"), (STREAM, "stream")):
+        thread = f"usage-{granularity}-{kind}"
+        await client.post(INVOKE, json=ask("an earlier run with a lot of words", thread))
+        reader = reader_for(kind)  # type: ignore[arg-type]  # both are literals
+
+        answer = await client.post(operation, json=ask("[tool add 2 3]", thread, response_granularity=granularity))
+        for at in range(0, len(answer.content), 100):
+            reader.feed(answer.content[at : at + 100])
+
+        # The model is asked twice: with 22 words for the call (3), with 23 for what it says of the result (5).
+        assert reader.usage() == Usage(45, 8, 53, estimated=False)
+        assert (reader.turns, reader.errors) == (2, 0)
+
+
+async def test_a_run_that_broke_off_is_estimated(client: httpx.AsyncClient) -> None:
+    """Its deltas were spoken, its usage never reported; the errors are counted."""
+    reader = reader_for("stream")
+
+    answer = await client.post(STREAM, json=ask("[words 40] [fail 20]", response_granularity="full"))
+    reader.feed(answer.content)
+
+    assert reader.usage() == Usage(5, 18, 23, estimated=True)  # 20 bytes, and 71: "w1 " to "w20 "
+    assert (reader.turns, reader.errors) == (0, 2)
+
+
+async def test_most_lines_need_no_parsing_to_be_read(client: httpx.AsyncClient) -> None:
+    """The sidecar writes its deltas as the reader of usage searches them: else each would cost ten times as much."""
+    answer = await client.post(STREAM, json=ask("[words 3]"))
+
+    deltas = [line for line in answer.content.splitlines() if b'"delta":true' in line]
+    assert len(deltas) == 3
+    for line in deltas:
+        assert usage._MESSAGE in line
+        assert usage._ASSISTANT in line
+        assert usage._DELTA in line
+        assert usage._USAGES not in line
 
 
 def test_no_file_adds_to_the_environment(agent: Agent) -> None:

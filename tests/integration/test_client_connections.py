@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from proxy.protocol import OneAtATime
 from tests.support.principals import Principals
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
 from tests.support.raw_upstream import CHUNKED_HEAD, Line, chunk, raw_upstream
@@ -117,3 +120,53 @@ async def test_the_body_of_an_upgrade_is_no_request(house: House) -> None:
     assert answers.count(b"HTTP/1.1") == 1
     assert b"smuggled" not in answers
     writer.close()
+
+
+async def test_half_a_connection_is_none(house: House) -> None:
+    """A client that closes its half is taken for gone: the answer is cut, and so is the run."""
+    reader, writer = await house.connect()
+    writer.write(run(house.token))
+    async with asyncio.timeout(10):
+        await reader.readuntil(b"part")
+        writer.write_eof()
+        rest = await rest_of(reader)
+        await house.gone.wait()
+
+    assert b"0\r\n\r\n" not in rest
+    writer.close()
+
+
+async def test_a_connection_that_is_closed_is_not_held_by_a_client_that_does_not_read() -> None:
+    """What was written and not taken keeps a closed transport open; the second look at it gives it up."""
+    import uvloop  # noqa: PLC0415  only here: it is this loop's transport that lingers
+
+    async def closes() -> tuple[bool, bool]:
+        gone = asyncio.Event()
+        accepted: asyncio.Future[OneAtATime] = asyncio.get_running_loop().create_future()
+
+        class Watched(OneAtATime):
+            def __init__(self) -> None:
+                pass
+
+            def connection_made(self, transport: Any) -> None:
+                self.transport = transport
+                accepted.set_result(self)
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                gone.set()
+
+        server = await asyncio.get_running_loop().create_server(Watched, "127.0.0.1", 0)
+        with socket.create_connection(server.sockets[0].getsockname()):
+            connection = await accepted
+            connection.transport.write(b"x" * (8 << 20))
+            connection.transport.close()
+            connection.give_up_closing()
+            await asyncio.sleep(0.05)
+            after_one = gone.is_set()
+            connection.give_up_closing()
+            async with asyncio.timeout(5):
+                await gone.wait()
+        server.close()
+        return after_one, gone.is_set()
+
+    assert await asyncio.to_thread(uvloop.run, closes()) == (False, True)

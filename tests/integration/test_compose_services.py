@@ -122,6 +122,7 @@ def composed(directory: Path, *files: str) -> Iterator[Composed]:
             redis = stack.enter_context(running_redis())
             dsn = f"postgresql://proxy@127.0.0.1:{postgres.port}/postgres"
             made |= {"agent_postgres_dsn": dsn, "agent_redis_url": redis.url, "proxy_database_url": postgres.url}
+            made["proxy_redis_url"] = redis.url.replace("/0", "/1")
         (directory / "secrets").mkdir()
         for name, content in made.items():
             (directory / "secrets" / name).write_text(f"{content}\n")

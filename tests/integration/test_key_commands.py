@@ -115,6 +115,24 @@ def test_no_store_is_told_as_such(tmp_path: Path) -> None:
         assert part in text
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+asyncpg://user:pa@ss:s3cretword@127.0.0.1/x",
+        "postgresql+asyncpg://user:s3cretword@127.0.0.1:99999/x",
+        "postgresql+asyncpg://user:s3cretword@127.0.0.1:1/x?sslmode=require",
+    ],
+)
+def test_an_address_that_cannot_be_read_is_told_without_its_password(tmp_path: Path, url: str) -> None:
+    """An @ in the password, a port that is none, libpq's options: one sentence, and no word of the address."""
+    done = Operator(url, tmp_path).run("migrate")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("PROXY_DATABASE_URL: is no address of a database")
+    assert "s3cretword" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_proxy_does_not_start_before_its_schema(tmp_path: Path) -> None:
     """It says which command to run."""
     operator = Operator(f"sqlite+aiosqlite:///{tmp_path}/keys.db", tmp_path)

@@ -2,55 +2,28 @@
 
 import asyncio
 import json
+import re
 import signal
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import jwt
 import pytest
 
 from tests.support.agent import start_agent
 from tests.support.agent import stop as stop_agent
+from tests.support.front import RUN, SECRET, client_of, ended, proxy_before
 from tests.support.principals import Principals
 from tests.support.provider import stand_in
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
-from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, RawUpstream, Talk, answer, chunk, raw_upstream
-
-SECRET = "s" * 48
-RUN = {"text": "hi"}
+from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, answer, chunk, raw_upstream
 
 
 @pytest.fixture(scope="module")
 def principals() -> Principals:
     """Give somebody who may call."""
     return Principals()
-
-
-@asynccontextmanager
-async def proxy_before(
-    talk: Talk, directory: Path, principals: Principals, **environment: str
-) -> AsyncIterator[tuple[Proxy, RawUpstream]]:
-    """Run a proxy before an upstream that talks as `talk` does."""
-    async with raw_upstream(talk) as upstream:
-        proxy = await asyncio.to_thread(
-            start_proxy, directory, upstream.url, SECRET, **principals.environment(), **environment
-        )
-        try:
-            yield proxy, upstream
-        finally:
-            await asyncio.to_thread(stop_proxy, proxy.process)
-
-
-def client_of(proxy: Proxy, principals: Principals) -> httpx.AsyncClient:
-    """Make a client that is signed in."""
-    token = principals.token("alice")
-    return httpx.AsyncClient(base_url=proxy.url, headers={"Authorization": f"Bearer {token}"}, timeout=10)
-
-
-async def ended(proxy: Proxy, operation: str) -> dict[str, object]:
-    """Wait for the access line of `operation`."""
-    return await asyncio.to_thread(proxy.line_of, operation=operation)
 
 
 async def test_each_event_arrives_before_the_next_is_written(tmp_path: Path, principals: Principals) -> None:
@@ -295,7 +268,8 @@ async def test_a_graph_that_fails_midway_says_so_in_the_stream(
     assert response.status_code == 200
     assert [line["event"] for line in lines].count("message") >= 3
     assert lines[-1]["event"] == "error"
-    assert (await ended(proxy, "stream"))["end"] == "done"
+    assert "out of paper" not in str([line for line in lines if line["event"] == "error"])
+    assert (await ended(proxy, "stream"))["end"] == "upstream_error"
 
 
 async def test_a_client_that_hangs_up_stops_the_real_run(tmp_path: Path, principals: Principals) -> None:
@@ -320,3 +294,54 @@ async def test_a_client_that_hangs_up_stops_the_real_run(tmp_path: Path, princip
 
     assert line["end"] == "client_left"
     assert abandoned
+
+
+@pytest.mark.parametrize("operation", ["invoke", "stream"])
+async def test_a_client_that_leaves_has_its_run_stopped(tmp_path: Path, principals: Principals, operation: str) -> None:
+    """Within a second the sidecar is asked to stop that thread's run, by the same caller; an invoke is read to its end.
+
+    A stream's connection is closed at once. That it is asked to stop too is a setting.
+    """
+    asked: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+    run: list[bytes] = []
+    over = asyncio.Event()
+
+    async def talk(line: Line) -> None:
+        request = await line.request()
+        if b"/v1/graph/stop" in request:
+            asked.set_result([*run, request])
+            await line.write(answer(b"{}"))
+            return
+        run.append(request)
+        if operation == "stream":
+            await line.write(CHUNKED_HEAD + chunk(b"part"))
+            await line.gone()
+        else:
+            await asyncio.sleep(0.05)
+            await asked
+            await line.write(answer(b"{}"))
+            await line.gone()  # a kept connection, not a closed one
+        over.set()
+
+    async with (
+        proxy_before(talk, tmp_path, principals, PROXY_STOP_ON_DISCONNECT="true") as (proxy, _),
+        client_of(proxy, principals) as client,
+    ):
+        leaving = asyncio.ensure_future(client.post(f"/agent/{operation}", json={"text": "hi", "thread_id": "t"}))
+        while not run:
+            await asyncio.sleep(0.01)
+        leaving.cancel()
+        async with asyncio.timeout(5):
+            first, stop = await asked
+            await over.wait()
+        line = await ended(proxy, operation)
+
+    def identity(request: bytes) -> object:
+        token = re.search(rb"authorization: Bearer (\S+)", request)
+        assert token is not None
+        return jwt.decode(token[1], options={"verify_signature": False})["user_id"]
+
+    thread_id = json.loads(stop.partition(b"\r\n\r\n")[2])["thread_id"]
+    assert json.loads(first.partition(b"\r\n\r\n")[2])["config"]["thread_id"] == thread_id
+    assert identity(first) == identity(stop)
+    assert line["end"] == "client_left"

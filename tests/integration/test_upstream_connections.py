@@ -12,7 +12,7 @@ import pytest
 from proxy.errors import Problem
 from proxy.model import Deadlines, UpstreamRequest
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamMalformed, UpstreamProblem
-from proxy.upstream import MAX_WAITING_BYTES, Pool
+from proxy.upstream import MAX_WAITING_BYTES, Pool, PooledExchange
 from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, answer, chunk, raw_upstream
 
 PATIENT = Deadlines(connect=5, first_byte=5, idle=5, total=10)
@@ -29,13 +29,24 @@ async def pool_for(url: str, *, most: int = 10, most_idle: int = 10, idle_second
         pool.close()
 
 
+async def begin(pool: Pool, deadlines: Deadlines = PATIENT) -> PooledExchange:
+    """Send the request and wait for the head."""
+    exchange = await pool.start(REQUEST, deadlines)
+    await exchange.head()
+    return exchange
+
+
 async def fetch(pool: Pool, deadlines: Deadlines = PATIENT) -> tuple[int, bytes]:
-    """Read one whole answer."""
-    exchange = await pool.begin(REQUEST, deadlines)
-    body = b""
-    while part := await exchange.read():
-        body += part
-    return exchange.status, body
+    """Read one whole answer; cancelled or failed, abandon it, as the relay does."""
+    exchange = await pool.start(REQUEST, deadlines)
+    try:
+        await exchange.head()
+        body = b""
+        while part := await exchange.read():
+            body += part
+        return exchange.status, body
+    finally:
+        exchange.abandon(Problem())
 
 
 async def until(condition: object) -> None:
@@ -187,7 +198,7 @@ async def test_a_cut_answer_gives_what_came_and_then_the_cut(how: str, body: byt
             line.reset()
 
     async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
-        exchange = await pool.begin(REQUEST, PATIENT)
+        exchange = await begin(pool)
         first = await exchange.read()
         seen.set()
         with pytest.raises(UpstreamCut):
@@ -221,7 +232,7 @@ async def test_a_body_that_stalls_meets_its_deadline() -> None:
         await line.gone()
 
     async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
-        exchange = await pool.begin(REQUEST, Deadlines(connect=5, first_byte=5, idle=0.05, total=10))
+        exchange = await begin(pool, Deadlines(connect=5, first_byte=5, idle=0.05, total=10))
         first = await exchange.read()
         with pytest.raises(UpstreamDeadline) as raised:
             await exchange.read()
@@ -298,7 +309,7 @@ async def test_a_reader_that_is_slow_holds_upstream_back() -> None:
         await line.write(LAST_CHUNK)
 
     async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
-        exchange = await pool.begin(REQUEST, PATIENT)
+        exchange = await begin(pool)
         before = -1
         while before != written:  # until upstream makes no more way
             before = written
@@ -324,7 +335,7 @@ async def test_a_connection_that_was_held_back_serves_the_next_request() -> None
 
     async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
         for _ in range(3):
-            exchange = await pool.begin(REQUEST, PATIENT)
+            exchange = await begin(pool)
             await asyncio.sleep(0.02)  # let it arrive unread
             body = b""
             while not exchange.ended:
@@ -366,10 +377,10 @@ async def test_an_ended_exchange_cannot_touch_the_next_one() -> None:
             await line.write(answer(b"x"))
 
     async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
-        first = await pool.begin(REQUEST, PATIENT)
+        first = await begin(pool)
         while await first.read():
             pass
-        second = await pool.begin(REQUEST, PATIENT)
+        second = await begin(pool)
         first.abandon(Problem())
 
         assert await second.read() == b"x"

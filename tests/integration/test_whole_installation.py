@@ -6,13 +6,16 @@ client → edge nginx → two proxies → inner nginx → three agents → Postg
 import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.support.installation import Installation, installed
 from tests.support.load import Load, steady_load
+from tests.support.proxy import start_proxy, stop_proxy
 
 # Eight processes start before the first test, and on a busy machine each takes its time.
 pytestmark = pytest.mark.timeout(300)
@@ -65,6 +68,31 @@ def test_anothers_thread_stays_closed_on_every_agent(installation: Installation)
 
     assert {answer.status_code for answer in stolen} == {404}
     assert not [answer for answer in guessed if "mat" in answer.text]
+
+
+def test_limits_are_exact_over_proxies(installation: Installation, tmp_path: Path) -> None:
+    """Two proxies that count on one Redis admit what the limit says, to the request, however calls fall on them."""
+    assert installation.balancer is not None
+    settings = installation.principals.environment() | {
+        "PROXY_RATE_LIMIT": "20/day",
+        "PROXY_REDIS_URL": installation.storage["AGENT_REDIS_URL"],
+        "PROXY_REDIS_TIMEOUT_SECONDS": "5",
+        "PROXY_AGENT_AUDIENCE": "agentflow",
+    }
+    proxies = [start_proxy(tmp_path, installation.balancer.url, installation.secret, **settings) for _ in range(2)]
+    fields = {"Authorization": f"Bearer {installation.principals.token('greedy')}"}
+
+    def ask(number: int) -> int:
+        return httpx.get(f"{proxies[number % 2].url}/agent/ping", headers=fields, timeout=30).status_code
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            statuses = list(pool.map(ask, range(60)))
+    finally:
+        for proxy in proxies:
+            stop_proxy(proxy.process)
+
+    assert (statuses.count(200), statuses.count(429)) == (20, 40)
 
 
 def test_an_added_agent_gets_runs_without_a_restart(installation: Installation) -> None:

@@ -350,8 +350,9 @@ def test_every_refusal_is_in_the_log_all_the_same(house: House, told: list[Answe
         line = lines[answer.values("x-request-id")[0]]
         assert (line["status"], line["bytes"]) == (answer.status, len(answer.body))
     assert {line["principal"] for line in lines.values()} >= {"alice", "billing", None}
-    assert {line["end"] for line in lines.values()} >= {
-        "done", "invalid_request", "credential_missing", "invalid_token", "insufficient_scope", "invalid_body",
+    assert {line["end"] for line in lines.values()} >= {"done", "refused", "upstream_cut", "upstream_malformed"}
+    assert {line.get("code") for line in lines.values()} >= {
+        "invalid_request", "credential_missing", "invalid_token", "insufficient_scope", "invalid_body",
         "upstream_cut", "upstream_malformed", "upstream_distrust",
     }  # fmt: skip
 
@@ -367,11 +368,19 @@ def test_a_problem_holds_no_secret_and_no_words(house: House, told: list[Answer]
 
 
 def test_an_agents_own_error_passes_as_it_is(house: House, told: list[Answer]) -> None:
-    """The counterpart: what is the sidecar's to say is said to its caller, whole, and to nobody else."""
-    whole = [answer for answer in told if answer.status == 200 and ERROR_LINE in answer.body]
+    """The counterpart: an error that is the sidecar's whole answer is told to its caller, and to nobody else."""
+    whole = [answer for answer in told if answer.status == 500 and FAILURE.encode() in answer.body]
 
-    assert {answer.body for answer in whole} == {LINE + ERROR_LINE}
-    assert len(whole) == 4
+    assert {answer.body for answer in whole} == {json.dumps({"error": {"message": FAILURE}}).encode()}
+
+
+def test_an_error_line_keeps_the_exceptions_text_here(house: House, told: list[Answer]) -> None:
+    """A stream that fails midway goes on to its end, and says that it failed, but not why."""
+    streams = [house.send(word, target="/agent/stream") for word in ("[error-midway]", "[stream]")]
+
+    assert [answer.status for answer in streams] == [200, 200]
+    assert streams[0].body.startswith(LINE + b'{"event":"error"')
+    assert all(FAILURE.encode() not in answer.body for answer in streams)
 
 
 def test_a_stopped_proxy_has_logged_lines_only(tmp_path: Path) -> None:

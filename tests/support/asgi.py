@@ -8,7 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from proxy.model import Deadlines, Headers, UpstreamRequest
+from proxy.ends import End
+from proxy.leases import NoLease
+from proxy.model import Deadlines, FlowRules, Headers, Record, UpstreamRequest
+from proxy.negotiation import Wish
+from proxy.runs import Run, Spending
+from proxy.usage import reader_for
 
 type Message = dict[str, Any]
 
@@ -54,6 +59,19 @@ class FakeExchange:
     headers: Headers = field(default_factory=lambda: [(b"content-type", b"text/event-stream")])
     abandoned: Exception | None = None
     ended: bool = False
+    active: float = 0.0
+    before: Callable[[], Any] | None = None
+    """Awaited before the head is there."""
+    nudged: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def head(self) -> bool:
+        if self.before is not None:
+            await self.before()
+            self.before = None
+        return True
+
+    def nudge(self) -> None:
+        self.nudged.set()
 
     async def read(self) -> bytes:
         while self.parts:
@@ -62,7 +80,11 @@ class FakeExchange:
                 raise part
             if isinstance(part, bytes):
                 return part
-            await part()
+            try:
+                await part()
+            except asyncio.CancelledError:
+                self.parts.insert(0, part)  # to cancel a read changes nothing
+                raise
         self.ended = True
         return b""
 
@@ -79,10 +101,42 @@ class FakeUpstream:
     before: Callable[[], Any] | None = None
     requests: list[UpstreamRequest] = field(default_factory=list)
 
-    async def begin(self, request: UpstreamRequest, deadlines: Deadlines) -> FakeExchange:
+    async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> FakeExchange:
         self.requests.append(request)
         if self.before is not None:
             await self.before()
         if isinstance(self.exchange, Exception):
             raise self.exchange
         return self.exchange
+
+
+RULES = FlowRules(heartbeat=0, max_line=1 << 20, error_detail="safe", stop_on_disconnect=False, stop_over_budget=True)
+STOP = UpstreamRequest(b"POST", b"/v1/graph/stop", (), b"{}")
+
+
+class FakeLease(NoLease):
+    """Counts what is done with it; its budget is `tokens`."""
+
+    def __init__(self, tokens: int = 1 << 60) -> None:
+        super().__init__([])
+        self.tokens = tokens
+        self.released = 0
+
+    def charge(self, tokens: int, *, estimated: bool) -> bool:
+        self.tokens -= tokens
+        return self.tokens > 0
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def run_of(wish: Wish | None = None, lease: FakeLease | None = None) -> Run:
+    """Make a run as the routes do: a stream with a `wish`, else an invoke."""
+    record = Record(b"r-1", 0.0, "127.0.0.1")
+    reader = reader_for("answer" if wish is None else "stream")
+    return Run(record, "tag~thread", lambda: STOP, wish, Spending(reader, lease or FakeLease(), record))
+
+
+def end_of(run: Run) -> End:
+    """Give how a run was recorded to have ended."""
+    return run.record.end

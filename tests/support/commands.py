@@ -14,10 +14,11 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Somebody at a shell, before the key store at `url`; the audit log goes to `audit`."""
+    """Somebody at a shell, before the key store at `url`; the audit log goes to `audit`. `redis` is a URL too."""
 
     url: str
     directory: Path
+    redis: str = ""
 
     @property
     def audit(self) -> Path:
@@ -26,7 +27,8 @@ class Operator:
 
     def environment(self) -> dict[str, str]:
         """Give what a proxy before the same store is to be told."""
-        return {"PROXY_DATABASE_URL": self.url, "PROXY_AUDIT_FILE": str(self.audit)}
+        variables = {"PROXY_DATABASE_URL": self.url, "PROXY_AUDIT_FILE": str(self.audit)}
+        return variables | {"PROXY_REDIS_URL": self.redis} if self.redis else variables
 
     def run(self, *words: str, text: str = "") -> subprocess.CompletedProcess[str]:
         """Run one command to its end."""

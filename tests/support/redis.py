@@ -54,6 +54,13 @@ class Redis:
             return connection.recv(65_536).decode().split("\r\n")[0]
         return ""
 
+    def ask_all(self, command: str) -> list[str]:
+        """Send an inline command whose answer is a list of texts."""
+        with socket.create_connection(("127.0.0.1", self.port), 5) as connection, connection.makefile("rb") as file:
+            connection.sendall(f"{command}\r\n".encode())
+            count = int(file.readline()[1:])
+            return [file.read(int(file.readline()[1:]) + 2).decode().rstrip("\r\n") for _ in range(count)]
+
     def pause(self) -> None:
         """Stop the process where it is: connections are taken, and nothing is answered."""
         self._send(signal.SIGSTOP)

@@ -21,11 +21,12 @@ def written() -> Iterator[io.StringIO]:
     text = io.StringIO()
     handler = logging.StreamHandler(text)
     handler.setFormatter(JsonFormatter())
-    before, audit.log.level = audit.log.level, logging.INFO
+    before = audit.log.level
+    audit.log.setLevel(logging.INFO)  # which forgets what other tests found disabled
     audit.log.addHandler(handler)
     yield text
     audit.log.removeHandler(handler)
-    audit.log.level = before
+    audit.log.setLevel(before)
 
 
 def _record(address: str) -> Record:

@@ -121,12 +121,30 @@ def test_one_key_can_be_forgotten(clear: object) -> None:
     assert not storage.acquire_sliding_window_entry("b", 1, 60)
 
 
-def test_fixed_windows_are_not_kept_here() -> None:
-    """What the sliding window does not need is refused, not half done."""
-    storage = BoundedMemoryStorage(clock=Clock())
+def test_fixed_windows_turn_with_the_clock() -> None:
+    """A count is of this window alone, and what was asked of an unknown key is nothing."""
+    clock = Clock(50)
+    storage = BoundedMemoryStorage(clock=clock)
 
-    for call in (lambda: storage.incr("a", 60), lambda: storage.get("a"), lambda: storage.get_expiry("a")):
-        with pytest.raises(NotImplementedError):
-            call()
+    counts = [storage.incr("key", 60), storage.incr("key", 60, 2), storage.get("key")]
+    ends = storage.get_expiry("key")
+    clock.now = 60
 
+    assert (counts, ends) == ([1, 3, 3], 60)
+    assert (storage.get("key"), storage.get("other")) == (0, 0)
     assert storage.base_exceptions is ValueError
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(1, 3)), max_size=40), st.integers(1, 12))
+def test_moving_windows_are_bounded_too(uses: list[tuple[str, int]], most: int) -> None:
+    """All moving windows together keep at most so many requests; what is forgotten is what was unused for longest."""
+    storage = BoundedMemoryStorage(most=4, most_moments=most, clock=Clock())
+
+    for key, amount in uses:
+        storage.acquire_entry(key, 6, 60, amount)
+        held = [len(moments) for moments in storage._moments.values()]
+        assert sum(held) == storage._held <= most
+        assert len(held) <= 4
+
+    storage.reset()
+    assert storage._held == 0

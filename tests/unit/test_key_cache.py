@@ -28,6 +28,7 @@ class FakeStore:
     is_down: bool = False
     finds: list[set[str]] = field(default_factory=list)
     uses: dict[str, int] = field(default_factory=dict)
+    asked: int = 0
     gate: asyncio.Event | None = None
 
     def put(self, key: StoredKey) -> None:
@@ -44,6 +45,7 @@ class FakeStore:
         return found
 
     async def change_number(self) -> int:
+        self.asked += 1
         self._answer()
         return self.number
 
@@ -320,3 +322,23 @@ async def test_a_file_s_keys_need_no_store() -> None:
     assert key == ALICE
     assert await cache.find(ALICE.id) == ALICE
     assert await KeyCache(pinned=[ALICE]).find("Z" * 12) is None
+
+
+async def test_news_are_read_at_once_and_no_oftener_than_is_good(world: World) -> None:
+    """What a notice tells of is known long before the next turn; a flood of notices makes ten readings a second."""
+    key_id = ALICE.id
+    async with world.cache.watching():
+        await world.cache.find(key_id)
+        world.store.put(dataclasses.replace(ALICE, revoked=1))
+        async with asyncio.timeout(keycache.POLL_SECONDS - 0.1):
+            world.cache.look_again()
+            while (key := world.cache.recall(key_id)) is None or key.revoked is None:
+                await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        before, began = world.store.asked, loop.time()
+        while loop.time() - began < 0.35:
+            world.cache.look_again()
+            await asyncio.sleep(0)
+        asked, seconds = world.store.asked - before, loop.time() - began
+
+    assert 1 <= asked <= seconds / keycache.LEAST_SECONDS + 1

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.credentials import make_key
-from proxy.keys import entry_text, parse_digest_lines, parse_keys
+from proxy.keys import entry_text, parse_digest_lines, parse_import, parse_keys
 from proxy.model import StoredKey
 from proxy.operations import SCOPES
 
@@ -34,6 +34,14 @@ def test_entries_are_read_in_order() -> None:
     keys = parse_keys(text)
 
     assert keys == (ALICE, BOB)
+
+
+@pytest.mark.parametrize("remark", ["", "# ours\n", "\n  # sha256:\n\n"])
+def test_either_form_is_imported(remark: str) -> None:
+    """Remarks before the first key do not make a file one of the other form."""
+    line = f"sha256:AAAAAAAAAAAA:{DIGEST} alice agent:invoke,threads:read\n"
+
+    assert parse_import(remark + line) == parse_import(remark + _written(ALICE)) == (ALICE,)
 
 
 @given(

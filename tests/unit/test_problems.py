@@ -124,6 +124,7 @@ def test_a_code_has_one_meaning() -> None:
         ("UpstreamDistrust", 502, "upstream_distrust"),
         ("Draining", 503, "draining"),
         ("PoolExhausted", 503, "overloaded"),
+        ("ReducedCapacity", 503, "reduced_capacity"),
         ("KeyStoreDown", 503, "key_store_down"),
         ("UpstreamDeadline", 504, "upstream_deadline"),
         ("RunDeadline", 504, "total_deadline"),

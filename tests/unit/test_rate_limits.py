@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from proxy.errors import RateExceeded
 from proxy.limits import RateLimit
 from proxy.model import Headers
-from proxy.windows import BoundedMemoryStorage, left_of, seconds_to_room, weighted
+from proxy.standings import left_of, seconds_to_room, weighted
+from proxy.windows import BoundedMemoryStorage
 
 type Rule = tuple[int, int]
 """An amount and its window in seconds."""

@@ -16,10 +16,17 @@ JWT = "jwt-secret-of-more-than-32-bytes-0002"
 THREAD = "thread-secret-of-enough-bytes-000003"
 DIGEST = "0123456789abcdef" * 4
 KEYS = entry_text(name="ci", key_id="AAAAAAAAAAAA", digest=DIGEST, scopes=["agent:invoke"])
-VALUES = {"api_keys": KEYS, "database_url": "postgresql+asyncpg://proxy@db/keys"}
+VALUES = {
+    "api_keys": KEYS,
+    "database_url": "postgresql+asyncpg://proxy@db/keys",
+    "redis_url": "rediss://:secret@cache:6380/1",
+}
 LEAST = {"PROXY_AGENT_SECRET": AGENT, "PROXY_JWT_SECRET": JWT}
 SECONDS = ["0", "-1", "86401", "nan", "inf", "soon"]
 BAD: dict[str, list[str]] = {
+    "max_loop_lag_seconds": ["0", "-1", "61", "nan", "late"],
+    "max_open_runs": ["0", "-1", "1.5", "many"],
+    "tiers": ["gold,gold", "bronze,,gold", "a b", ",", "a,b,c,d,e,f,g", "-"],
     "port": ["-1", "65536", "http", "80.5"],
     "agent_url": [
         "127.0.0.1:8001",
@@ -57,7 +64,17 @@ BAD: dict[str, list[str]] = {
     ],
     "key_store_grace_seconds": ["4", "86401", "nan", "x"],
     "rate_limit": ["60", "Off", "-1/minute", "60/fortnight", "60/minute;", "off;60/minute", "sixty/minute"],
+    "rate_strategy": ["leaky", "sliding-window"],
+    "concurrency_limit": ["0", "-1", "1000001", "ten", "1.5"],
+    "token_limit": ["200000", "0/hour"],
+    "limits": ["x", "[[policies]]", '[[policies]]\nname = "a"\nrate = "1/moon"', "[costs]\nfly = 1"],
     "auth_failure_limit": ["20", "20/moon"],
+    "redis_url": ["cache:6379", "http://cache", "redis+sentinel://a:1", "redis+cluster://a", "redis+cloud://a:1/x"],
+    "redis_prefix": ["a b", "{a}", "a:b"],
+    "redis_timeout_seconds": ["0", "0.001", "6", "nan"],
+    "limits_without_redis": ["open", "Local"],
+    "replicas": ["0", "1001", "x"],
+    "lease_seconds": ["0", "31", "nan"],
     "legacy_rate_headers": ["maybe", "2"],
     "max_body_bytes": ["1023", str((64 << 20) + 1), "1MB"],
     "body_timeout_seconds": SECONDS,
@@ -69,6 +86,11 @@ BAD: dict[str, list[str]] = {
     "idle_timeout_seconds": SECONDS,
     "total_timeout_seconds": SECONDS,
     "query_timeout_seconds": SECONDS,
+    "heartbeat_seconds": ["-1", "3601", "x"],
+    "max_line_bytes": ["1023", "67108865", "x"],
+    "error_detail": ["all", "SAFE"],
+    "stop_on_disconnect": ["x", "2"],
+    "stop_over_budget": ["x", "2"],
     "pool_connections": ["0", "65537", "x"],
     "pool_idle_connections": ["-1", "65537", "x"],
     "pool_idle_seconds": SECONDS,
@@ -79,6 +101,7 @@ BAD: dict[str, list[str]] = {
 }
 FREE = {
     "host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "jwt_tenant_claim", "audit_file",
+    "jwt_rate_claim",
 }  # fmt: skip
 """Settings that any text may be given for."""
 CASES = [(f"PROXY_{name.upper()}", value) for name, values in BAD.items() for value in values]
@@ -178,6 +201,7 @@ def test_every_bad_value_is_named_at_once() -> None:
         ({"PROXY_JWT_SECRET": AGENT}, "must differ"),
         ({"PROXY_THREAD_SECRET": JWT}, "must differ"),
         ({"PROXY_THREAD_SECRET": AGENT}, "must differ"),
+        ({"PROXY_LIMITS": "policies = []", "PROXY_RATE_LIMIT": "1/day"}, "PROXY_LIMITS is instead of PROXY_RATE_LIMIT"),
     ],
 )
 def test_what_does_not_go_together_is_named(bad: dict[str, str], sentence: str) -> None:

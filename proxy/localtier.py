@@ -1,0 +1,143 @@
+"""Counts of this process alone: every quota of a plan is charged, or none, through slowapi's limiters.
+
+Exact for one proxy, and bounded: a million callers take no more memory than a hundred thousand.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, override
+
+import limits
+
+from proxy.limits import QuietLimiter
+from proxy.policies import MOST_PLANS, Plan, Quota, Strategy
+from proxy.standings import Standing, concurrent, fits, fixed, left_of, moving, sliding
+from proxy.windows import BoundedMemoryStorage
+
+_NAMES: Final = {
+    Strategy.FIXED: "fixed-window",
+    Strategy.SLIDING: "sliding-window-counter",
+    Strategy.MOVING: "moving-window",
+}
+
+
+class QuotaItem(limits.RateLimitItemPerSecond):
+    """A quota as slowapi's limiters want it; the key that they are given is the whole key."""
+
+    def __init__(self, quota: Quota) -> None:
+        super().__init__(quota.amount, quota.window)
+
+    @override
+    def key_for(self, *identifiers: bytes | str | float) -> str:
+        return str(identifiers[0])
+
+
+class LocalTier:
+    """The counts of one process. `clock` gives Unix seconds."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._limiters = {
+            strategy: QuietLimiter(clock=clock, strategy=name).limiter for strategy, name in _NAMES.items()
+        }
+        storage = self._limiters[Strategy.SLIDING].storage
+        assert isinstance(storage, BoundedMemoryStorage)  # noqa: S101  chosen by its URI
+        self._storage = storage
+        for limiter in self._limiters.values():
+            limiter.storage = storage
+        self._hit_sliding = self._limiters[Strategy.SLIDING].hit
+        self._running: dict[str, int] = {}
+        self._items: dict[Plan, tuple[QuotaItem, ...]] = {}
+
+    def decide(self, plan: Plan, keys: Sequence[str]) -> tuple[bool, list[Standing]]:
+        """Charge every quota under its key, or none; give whether that was possible, and how each stands now."""
+        quotas, items, storage = plan.quotas, self._items.get(plan) or self._items_of(plan), self._storage
+        storage.moment = self._clock()
+        try:
+            if len(quotas) == 1 and quotas[0].strategy is Strategy.SLIDING and quotas[0].cost and not quotas[0].shadow:
+                admitted = self._hit_sliding(items[0], keys[0], cost=quotas[0].cost)
+                return admitted, [self._standing(quotas[0], keys[0], fit=admitted)]
+            fit = [self._fits(quota, key) for quota, key in zip(quotas, keys, strict=True)]
+            admitted = all(each or quota.shadow for each, quota in zip(fit, quotas, strict=True))
+            if admitted:
+                for each, quota, item, key in zip(fit, quotas, items, keys, strict=True):
+                    if each and quota.cost:
+                        self._take(quota, item, key)
+            told = zip(fit, quotas, keys, strict=True)
+            return admitted, [self._standing(quota, key, fit=each) for each, quota, key in told]
+        finally:
+            storage.moment = None
+
+    def peek(self, plan: Plan, keys: Sequence[str]) -> list[Standing]:
+        """Say how each quota stands, without charging."""
+        pairs = list(zip(plan.quotas, keys, strict=True))
+        return [self._standing(quota, key, fit=self._fits(quota, key)) for quota, key in pairs]
+
+    def enter(self, key: str) -> None:
+        """Count a run whose slot was taken elsewhere."""
+        self._running[key] = self._running.get(key, 0) + 1
+
+    def leave(self, key: str, lease: str = "") -> None:  # noqa: ARG002  one slot is like another
+        """Free a slot."""
+        count = self._running[key] - 1
+        if count:
+            self._running[key] = count
+        else:
+            del self._running[key]
+
+    def charge(self, quota: Quota, key: str, amount: int) -> bool:
+        """Charge what was used already; give whether something is left."""
+        self._storage.add(key, quota.window, amount)
+        return self._fits(quota, key)
+
+    @property
+    def running(self) -> int:
+        """How many slots are held."""
+        return sum(self._running.values())
+
+    def _items_of(self, plan: Plan) -> tuple[QuotaItem, ...]:
+        if len(self._items) >= MOST_PLANS:
+            self._items.clear()
+        items = self._items[plan] = tuple(QuotaItem(quota) for quota in plan.quotas)
+        return items
+
+    def _fits(self, quota: Quota, key: str) -> bool:
+        if quota.strategy is Strategy.SLIDING:
+            previous, current, left = self._counts(quota, key)
+            limit = quota.amount - quota.need + 1
+            return fits(previous, current, limit=limit, window=quota.window, left=left)
+        return self._count(quota, key) + quota.need <= quota.amount
+
+    def _take(self, quota: Quota, item: QuotaItem, key: str) -> None:
+        if quota.strategy is Strategy.CONCURRENCY:
+            self.enter(key)
+        else:
+            self._limiters[quota.strategy].hit(item, key, cost=quota.cost)
+
+    def _standing(self, quota: Quota, key: str, *, fit: bool) -> Standing:
+        if quota.strategy is Strategy.SLIDING:
+            previous, current, left = self._counts(quota, key)
+            return sliding(quota, previous, current, left, fit=fit)
+        count, now = self._count(quota, key), self._storage.now()
+        if quota.strategy is Strategy.FIXED:
+            return fixed(quota, count, left_of(quota.window, now), fit=fit)
+        if quota.strategy is Strategy.CONCURRENCY:
+            return concurrent(quota, count, fit=fit)
+        until = quota.window - now
+        grows = self._storage.moment_at(key, 0) + until if count else 0
+        place = count + quota.need - quota.amount - 1
+        wait = float(quota.window)
+        if 0 <= place < count:
+            wait = self._storage.moment_at(key, place) + until
+        return moving(quota, count, grows, wait, fit=fit)
+
+    def _counts(self, quota: Quota, key: str) -> tuple[int, int, float]:
+        previous, _, current, until = self._storage.get_sliding_window(key, quota.window)
+        return previous, current, until - quota.window
+
+    def _count(self, quota: Quota, key: str) -> int:
+        if quota.strategy is Strategy.CONCURRENCY:
+            return self._running.get(key, 0)
+        if quota.strategy is Strategy.MOVING:
+            return self._storage.get_moving_window(key, quota.amount, quota.window)[1]
+        return self._storage.get(key)

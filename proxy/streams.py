@@ -1,0 +1,178 @@
+"""A run's stream on its way to the client: its form, its heartbeats, and its end, told while it can be heard.
+
+Decides nothing about lines (`framing` does) and nothing about when to end.
+"""
+
+import asyncio
+import contextlib
+import logging
+from typing import Any, Final
+
+from proxy.ends import End
+from proxy.errors import BudgetSpentMidway
+from proxy.forwarding import downstream_headers
+from proxy.framing import PING, ErrorLines, EventFrames, LineTooLongError, RawLines
+from proxy.model import Exchange, FlowRules, Headers, Send
+from proxy.negotiation import EVENTS_TYPE, LINES_TYPE, Wish, are_lines, may_be_lines
+from proxy.outages import LineTooLong, RunRefused, require_trust
+from proxy.runs import Run
+
+log: Final = logging.getLogger("agentflow_proxy.runs")
+_OK: Final = 200
+_LAST_WORDS_SECONDS: Final = 1.0
+"""A client that does not read is not waited for longer when the stream is at its end."""
+
+
+class Stream:
+    """One stream: what of it has been written, and how the rest will be."""
+
+    def __init__(self, run: Run, rules: FlowRules, send: Send) -> None:
+        request_id = run.record.request_id.decode()
+        self._run = run
+        self._rules = rules
+        self._send = send
+        self._errors = ErrorLines(request_id, rules.error_detail, self._tell)
+        self._frames = EventFrames(request_id, self._errors, rules.max_line) if run.wish is Wish.EVENTS else None
+        self._begun = False
+        self._overspent = False
+
+    async def deliver(self, exchange: Exchange) -> None:
+        """Pass the answer on, whole. Raises a Problem; `conclude` may then still tell it."""
+        if self._frames is None or not self._rules.heartbeat:
+            await self._deliver(exchange)
+            return
+        beat = _Heart(exchange, self._rules.heartbeat)
+        try:
+            await self._deliver(exchange)
+        finally:
+            beat.stop()
+
+    async def conclude(self, end: End) -> None:
+        """Tell the end of a stream of events that could not be delivered whole; any other is left cut."""
+        if self._begun and self._frames is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                    await self._write(self._frames.end(end), more=False)
+
+    async def _deliver(self, exchange: Exchange) -> None:
+        while not await exchange.head():
+            await self._begin(_OK, [])
+            await self._write(PING)
+        require_trust(exchange.status)
+        lines = exchange.status == _OK and may_be_lines(exchange.headers)
+        if self._frames is not None and lines:
+            await self._begin(_OK, exchange.headers)
+            await self._deliver_events(exchange, self._frames)
+        elif self._begun:
+            raise RunRefused(reason=f"status {exchange.status}")
+        elif lines:
+            await self._deliver_lines(exchange)
+        else:
+            self._frames = None
+            await self._begin(exchange.status, exchange.headers)
+            while not exchange.ended:
+                await self._write(await exchange.read(), more=not exchange.ended)
+
+    async def _deliver_events(self, exchange: Exchange, frames: EventFrames) -> None:
+        first = b""
+        while (verdict := are_lines(first)) is None and not exchange.ended:
+            data = await self._read(exchange)
+            first += data
+            if not data and not exchange.ended:
+                await self._write(PING)
+        if verdict is False:  # server-sent events already, with whatever end they have
+            self._frames = None
+            await self._write(first, more=not exchange.ended)
+            while not exchange.ended:
+                data = await exchange.read()
+                await self._write(data if data or exchange.ended else PING, more=not exchange.ended)
+            return
+        try:
+            body = frames.feed(first)
+            while not exchange.ended:
+                if body:
+                    await self._write(body)
+                data = await self._read(exchange)
+                body = frames.feed(data) if data or exchange.ended else PING
+            body += frames.finish()
+        except LineTooLongError as error:
+            if error.frames:
+                await self._write(error.frames)
+            raise LineTooLong from error
+        await self._write(body + frames.end(self._settle()), more=False)
+
+    async def _deliver_lines(self, exchange: Exchange) -> None:
+        lines = RawLines(self._errors, self._rules.max_line)
+        first = b""
+        headers = exchange.headers
+        if self._run.wish is Wish.LINES:
+            verdict = None
+            while verdict is None and not exchange.ended:
+                first += await self._read(exchange)
+                verdict = are_lines(first)
+            if verdict:
+                headers = [(n, v) for n, v in headers if n != b"content-type"] + [(b"content-type", LINES_TYPE)]
+        await self._begin(_OK, headers)
+        body = lines.feed(first) if first else b""
+        while not exchange.ended:
+            if body:
+                await self._write(body)
+            body = lines.feed(await self._read(exchange))
+        body += lines.finish()
+        self._settle()
+        await self._write(body, more=False)
+
+    async def _read(self, exchange: Exchange) -> bytes:
+        if self._overspent:
+            raise BudgetSpentMidway
+        data = await exchange.read()
+        self._overspent = not self._run.spending.take(data) and self._rules.stop_over_budget
+        return data
+
+    def _settle(self) -> End:
+        """Say how the run ended whose answer is whole."""
+        record = self._run.record
+        if self._errors.run_failed:
+            record.end = End.UPSTREAM_ERROR
+        elif self._run.stop_asked:
+            record.end = End.STOPPED
+        return record.end
+
+    async def _begin(self, status: int, headers: Headers) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        head = downstream_headers(headers)
+        if self._frames is not None:
+            head = [field for field in head if field[0] not in (b"content-type", b"content-length")]
+            head.append((b"content-type", EVENTS_TYPE + b"; charset=utf-8"))
+        await self._send({"type": "http.response.start", "status": status, "headers": head})
+
+    async def _write(self, body: bytes, *, more: bool = True) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more})
+
+    def _tell(self, said: dict[str, Any]) -> None:
+        log.warning("run.failed", extra={"fields": {"request_id": self._run.record.request_id.decode(), "said": said}})
+
+
+class _Heart:
+    """Nudges an exchange whenever nothing came from it for `seconds`."""
+
+    def __init__(self, exchange: Exchange, seconds: float) -> None:
+        self._exchange = exchange
+        self._seconds = seconds
+        self._loop = asyncio.get_running_loop()
+        self._last = self._loop.time()
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        due = max(self._last, self._exchange.active) + self._seconds
+        if now >= due:
+            self._last = now
+            self._exchange.nudge()
+            due = now + self._seconds
+        self._timer = self._loop.call_at(due, self._look)
+
+    def stop(self) -> None:
+        self._timer.cancel()

@@ -1,0 +1,257 @@
+"""What becomes of a run, its lease and its exchange when something ends it: stepped through, at every await."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from proxy.ends import End
+from proxy.errors import BudgetSpentMidway, ClientLeft
+from proxy.model import Deadlines, FlowRules, UpstreamRequest
+from proxy.negotiation import Wish
+from proxy.outages import RunDeadline, UpstreamCut
+from proxy.relay import Relay
+from proxy.runs import Run, Runs
+from tests.support.asgi import RULES, STOP, Client, FakeExchange, FakeLease, FakeUpstream, end_of, run_of
+from tests.support.events import parse_events
+
+REQUEST = UpstreamRequest(b"POST", b"/", (), b"")
+PATIENT = Deadlines(5, 5, 5, 5)
+LINE = b'{"event":"message"}\n'
+JSON = [(b"content-type", b"application/json")]
+
+
+async def pause() -> None:
+    """Let the loop turn once."""
+    await asyncio.sleep(0)
+
+
+class Stoppable(FakeUpstream):
+    """Gives its exchange to the run, and a short answer to whoever asks it to stop."""
+
+    async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> FakeExchange:
+        if request is STOP:
+            self.requests.append(request)
+            await pause()
+            return FakeExchange([b"{}"], headers=JSON)
+        given = await super().start(request, deadlines)
+        self.has_given = True
+        return given
+
+    has_given = False
+
+
+class Course:
+    """One run on its way."""
+
+    def __init__(self, wish: Wish | None, exchange: FakeExchange, rules: FlowRules = RULES, seconds: float = 5) -> None:
+        self.client, self.exchange, self.lease = Client(), exchange, FakeLease()
+        self.run: Run = run_of(wish, self.lease)
+        self.upstream = Stoppable(exchange, before=pause)
+        self.runs = Runs(self.upstream, rules)
+        relay = Relay(self.upstream, self.runs, rules)
+        deadlines = Deadlines(5, 5, 5, seconds)
+        self.task = asyncio.ensure_future(
+            relay.relay(REQUEST, deadlines, self.lease, self.client.receive, self.client.send, run=self.run)
+        )
+
+    @property
+    def stops(self) -> int:
+        """How often the sidecar was asked to stop the run."""
+        return self.upstream.requests.count(STOP)
+
+    async def settle(self) -> None:
+        """Let everything that is under way come to rest."""
+        for _ in range(30):
+            await pause()
+
+
+def stream(*more: Any) -> FakeExchange:
+    """Make a stream of three lines, with a turn of the loop before each."""
+    return FakeExchange([pause, LINE, pause, LINE, pause, LINE, *more], before=pause)
+
+
+@pytest.mark.parametrize("steps", range(1, 16))
+@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS, None])
+async def test_a_shutdown_at_any_await_leaves_nothing_behind(wish: Wish | None, steps: int) -> None:
+    """Cancelled at every await: it stays a cancellation, the lease is free, upstream is closed or was whole."""
+    before = asyncio.all_tasks()
+    course = Course(wish, stream(pause))
+    for _ in range(steps):
+        await pause()
+    was_done = course.task.done()
+    course.task.cancel()
+    if not was_done:
+        with pytest.raises(asyncio.CancelledError):
+            await course.task
+    await course.settle()
+
+    assert course.lease.released
+    assert course.exchange.abandoned is not None or not course.upstream.has_given
+    assert course.runs.pending == 0
+    assert asyncio.all_tasks() == before
+    started = bool(course.client.sent)
+    assert course.client.is_complete == (was_done or (started and wish is Wish.EVENTS))
+
+
+@pytest.mark.parametrize("steps", range(1, 16))
+@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS, None])
+async def test_a_client_that_leaves_at_any_await_leaves_nothing_behind(wish: Wish | None, steps: int) -> None:
+    """The lease is given back once, and only when upstream is over; an invoke is asked to stop."""
+    before = asyncio.all_tasks()
+    course = Course(wish, stream(pause))
+    for _ in range(steps):
+        await pause()
+    went_on = course.upstream.has_given and not course.exchange.ended
+    course.client.left.set()
+    (outcome,) = await asyncio.gather(course.task, return_exceptions=True)
+    await course.settle()
+
+    assert isinstance(outcome, ClientLeft | None)
+    assert course.lease.released
+    assert course.runs.pending == 0
+    assert asyncio.all_tasks() == before
+    assert course.exchange.abandoned is not None or not course.upstream.has_given
+    assert course.stops == (1 if wish is None and went_on and isinstance(outcome, ClientLeft) else 0)
+
+
+async def test_an_invoke_that_was_left_keeps_its_place_until_upstream_ends() -> None:
+    """Closed, it would go on and cost money unseen: it is asked to stop, read on, and its tokens are charged."""
+    gate = asyncio.Event()
+    usages = {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    body = json.dumps({"data": {"messages": [{"role": "assistant", "content": [], "usages": usages}]}}).encode()
+    course = Course(None, FakeExchange([gate.wait, body], headers=JSON))
+    await course.settle()
+    course.client.left.set()
+    with pytest.raises(ClientLeft):
+        await course.task
+    await course.settle()
+
+    assert (course.stops, course.lease.released, course.exchange.abandoned) == (1, 0, None)
+
+    gate.set()
+    await course.settle()
+
+    assert course.lease.released == 1
+    assert course.exchange.ended
+    assert course.lease.tokens == (1 << 60) - 7
+
+
+async def test_an_invoke_that_was_left_is_given_up_at_its_deadline() -> None:
+    """A sidecar that neither stops nor ends does not hold a place for ever."""
+    course = Course(None, FakeExchange([asyncio.Event().wait], headers=JSON), seconds=0.05)
+    await course.settle()
+    course.client.left.set()
+    with pytest.raises(ClientLeft):
+        await course.task
+    while not course.lease.released:
+        await asyncio.sleep(0.005)
+
+    assert course.exchange.abandoned is not None
+
+
+@pytest.mark.parametrize("asked", [True, False])
+async def test_a_stream_that_was_left_is_stopped_too_where_that_is_set(asked: bool) -> None:
+    """Its connection is closed either way."""
+    rules = FlowRules(0, 1000, "safe", stop_on_disconnect=asked, stop_over_budget=True)
+    course = Course(Wish.AS_IT_IS, stream(asyncio.Event().wait), rules)
+    await course.settle()
+    course.client.left.set()
+    with pytest.raises(ClientLeft):
+        await course.task
+    await course.settle()
+
+    assert course.stops == int(asked)
+    assert course.exchange.abandoned is not None
+    assert course.lease.released
+
+
+async def test_an_invoke_over_its_deadline_is_stopped() -> None:
+    """Nobody would hear its answer."""
+    course = Course(None, FakeExchange([asyncio.Event().wait], headers=JSON), seconds=0.02)
+    with pytest.raises(RunDeadline):
+        await course.task
+    await course.settle()
+
+    assert course.stops == 1
+    assert course.lease.released
+
+
+async def test_what_is_kept_is_given_up_at_the_end_of_the_process() -> None:
+    """Closing waits for stops that are on their way, not for runs."""
+    course = Course(None, FakeExchange([asyncio.Event().wait], headers=JSON))
+    await course.settle()
+    course.client.left.set()
+    with pytest.raises(ClientLeft):
+        await course.task
+
+    await course.runs.close(0.2)
+
+    assert course.lease.released
+    assert course.stops == 1
+    assert course.runs.pending == 0
+
+
+@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.EVENTS])
+async def test_a_spent_budget_ends_a_stream(wish: Wish) -> None:
+    """What came is passed on, the sidecar is told to stop, and a client of events hears why."""
+    answer = b'{"event":"message","message":{"message_id":"m","role":"assistant","content":[],"usages":{"prompt_tokens":9,"completion_tokens":1,"total_tokens":10}}}\n'  # noqa: E501  one line
+    course = Course(wish, FakeExchange([LINE, answer, asyncio.Event().wait]))
+    course.lease.tokens = 10
+    with pytest.raises(BudgetSpentMidway):
+        await course.task
+    await course.settle()
+
+    assert course.stops == 1
+    assert course.lease.released
+    assert b'"total_tokens":10' in course.client.body
+    assert course.client.is_complete == (wish is Wish.EVENTS)
+    if wish is Wish.EVENTS:
+        last = parse_events(course.client.body)[-1]
+        assert (last.name, json.loads(last.data)["end"]) == ("stopped", "budget_spent")
+
+
+async def test_a_budget_may_be_overspent_where_that_is_set() -> None:
+    """The stream goes on to its end; the tokens are charged all the same."""
+    answer = b'{"event":"message","message":{"message_id":"m","role":"assistant","content":[],"usages":{"prompt_tokens":9,"completion_tokens":1,"total_tokens":10}}}\n'  # noqa: E501  one line
+    rules = FlowRules(0, 1000, "safe", stop_on_disconnect=False, stop_over_budget=False)
+    course = Course(Wish.EVENTS, FakeExchange([answer, LINE]), rules)
+    course.lease.tokens = 10
+    await course.task
+
+    assert parse_events(course.client.body)[-1].name == "done"
+    assert course.lease.tokens == 0
+
+
+@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.EVENTS, None])
+async def test_a_client_that_does_not_read_holds_nothing_at_the_end(wish: Wish | None) -> None:
+    """Last words are not waited for: at its deadline the exchange and the lease are free."""
+    course = Course(wish, stream(), seconds=0.05)
+    course.client.block = asyncio.Event()
+    with pytest.raises(RunDeadline):
+        await course.task
+
+    assert course.exchange.abandoned is not None
+    assert course.lease.released
+    assert not course.client.is_complete
+
+
+async def test_a_cut_is_told_as_an_event_and_nothing_follows() -> None:
+    """The body ends well, so that no library takes the told end for a broken connection."""
+    course = Course(Wish.EVENTS, stream(UpstreamCut()))
+    with pytest.raises(UpstreamCut):
+        await course.task
+
+    assert course.client.is_complete
+    assert [event.name for event in parse_events(course.client.body)] == ["message"] * 3 + ["error"]
+
+
+async def test_a_run_that_ended_is_not_known_any_more() -> None:
+    """A stop that comes later concerns nobody."""
+    course = Course(Wish.EVENTS, stream())
+    await course.task
+    course.runs.note_stop(course.run.thread_id)
+
+    assert not course.run.stop_asked
+    assert end_of(course.run) is End.DONE

@@ -1,0 +1,250 @@
+"""A corpus of streams, each cut up in many ways: as lines they pass byte for byte, as events they mean the same."""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from httpx_sse import EventSource
+
+from proxy.ends import End
+from proxy.framing import ErrorLines, EventFrames, LineTooLongError, RawLines
+from proxy.negotiation import are_lines
+from tests.support.events import parse_events
+
+MOST = 2 << 20
+
+
+def message(text: str) -> bytes:
+    """Write a line as the sidecar does."""
+    value = {"event": "message", "message": {"content": [{"type": "text", "text": text}], "delta": True}, "data": None}
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+TEXTS = {
+    "ascii": "word ",
+    "empty": "",
+    "umlauts": "grüße",
+    "three bytes": "漢字",
+    "four bytes": "😀🏳️‍🌈",
+    "separators": "a\u2028b\u2029c\u0085d",
+    "zero width": "a\ufeffb",
+    "escaped newlines": "a\nb\r\nc\rd",
+    "escaped nul": "a\0b",
+    "looks like an error line": '{"event":"error","data":{}}',
+    "a newline and an error line": '\n{"event":"error"}',
+    "the word": '"error"',
+    "looks like an event": "data: x\n\nevent: error\n\n",
+    "a comment": ": ping",
+    "long": "x" * 70_000,
+}
+SHAPES = {
+    "LF": lambda line: line + b"\n" + line + b"\n",
+    "CRLF": lambda line: line + b"\r\n" + line + b"\r\n",
+    "mixed ends": lambda line: line + b"\n" + line + b"\r\n" + line + b"\n",
+    "no last newline": lambda line: line + b"\n" + line,
+    "empty lines": lambda line: b"\n\n" + line + b"\n\r\n\n" + line + b"\n\n",
+    "a BOM": lambda line: b"\xef\xbb\xbf" + line + b"\n" + line + b"\n",
+    "CR between tokens": lambda line: line.replace(b'{"event":', b'{\r"event"\r:', 1) + b"\n",
+    "blanks": lambda line: b"  " + line + b" \t\n\t" + line + b"\n",
+}
+ODD = {
+    "nothing": b"",
+    "one newline": b"\n",
+    "only blanks": b" \r\n\t\n",
+    "only a BOM": b"\xef\xbb\xbf",
+    "half a BOM": b"\xef\xbb",
+    "no JSON": b"hello\nworld\n",
+    "NUL": b'{"event":"message","x":"\0"}\n',
+    "invalid UTF-8": b'{"event":"message","x":"\xff\xfe\x80"}\n',
+    "another member first": b'{"x":1,"event":"message"}\n',
+    "no event": b'{"x":1}\n',
+    "an event that is no text": b'{"event":7}\n{"event":null}\n',
+    "a list": b"[1,2]\n",
+    "a name with a break": b'{"event":"a\\nb"}\n',
+    "a name that is an end": b'{"event":"done"}\n{"event":"stopped"}\n',
+    "an object cut off": b'{"event":"message","mess',
+    "almost an error": b'{"event":"erro',
+    "an errors event": b'{"event":"errors"}\n',
+    "a longer name": b'{"event":"error_of_mine"}\n',
+    "an escaped name": b'{"event":"\\u0065rror"}\n',
+    "an error inside": b'{"event":"updates","data":{"event":"error"}}\n',
+    "a megabyte": message("y" * (1 << 20)) + b"\n",
+    "a thousand lines": (message("z") + b"\n") * 1000,
+}
+CORPUS = {
+    **{f"{text}, {shape}": SHAPES[shape](message(TEXTS[text])) for text, shape in itertools.product(TEXTS, SHAPES)},
+    **ODD,
+}
+PIECES = ["whole", "bytes", "random", "before newlines"]
+
+
+def cut(stream: bytes, how: str) -> Iterator[bytes]:
+    """Cut a stream up; a large one by the byte only at its ends."""
+    if how == "whole":
+        yield stream
+    elif how == "bytes":
+        middle = stream[100:-100] if len(stream) > 20_000 else b""
+        head, tail = (stream[:100], stream[-100:]) if middle else (stream, b"")
+        yield from (head[at : at + 1] for at in range(len(head)))
+        if middle:
+            yield middle
+        yield from (tail[at : at + 1] for at in range(len(tail)))
+    elif how == "random":
+        choice = random.Random(stream[:50])  # noqa: S311  where to cut is no secret
+        at = 0
+        while at < len(stream):
+            size = choice.choice((1, 2, 3, 7, 64, 1000, 65_536))
+            yield stream[at : at + size]
+            at += size
+    else:
+        first, *rest = stream.split(b"\n")
+        yield first
+        yield from (b"\n" + part for part in rest)
+
+
+def errors(detail: str = "safe", told: list[dict[str, object]] | None = None) -> ErrorLines:
+    """Make what reads error lines."""
+    return ErrorLines("r-1", detail, (told if told is not None else []).append)  # type: ignore[arg-type]
+
+
+def raw(stream: bytes, how: str) -> bytes:
+    """Pass a stream on as lines."""
+    lines = RawLines(errors(), MOST)
+    return b"".join([*(lines.feed(piece) for piece in cut(stream, how) if piece), lines.finish()])
+
+
+def framed(stream: bytes, how: str) -> bytes:
+    """Pass a stream on as events, with the end of a whole one."""
+    frames = EventFrames("r-1", errors(), MOST)
+    return b"".join(
+        [*(frames.feed(piece) for piece in cut(stream, how) if piece), frames.finish(), frames.end(End.DONE)]
+    )
+
+
+def meant(stream: bytes) -> list[tuple[str, str]]:
+    """Read a stream as a client of lines does: the name and the text of each line that is not blank."""
+    result = []
+    for line in stream.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        text = line.removesuffix(b"\r").decode("utf-8", "replace")
+        if text.strip(" \t\r"):
+            try:
+                value = json.loads(text, strict=False)
+                name = value.get("event") if isinstance(value, dict) else None
+            except ValueError:
+                name = None
+            result.append((name if isinstance(name, str) else "message", text.replace("\r", "\n")))
+    return result
+
+
+def test_the_corpus_is_large_enough() -> None:
+    """At least a hundred streams."""
+    assert len(CORPUS) >= 100
+
+
+@pytest.mark.parametrize("how", PIECES)
+def test_lines_pass_byte_for_byte(how: str) -> None:
+    """However a stream is cut up, what goes out is what came in; nothing in it is an error line."""
+    assert [name for name, stream in CORPUS.items() if raw(stream, how) != stream] == []
+
+
+@pytest.mark.parametrize("how", PIECES)
+def test_events_mean_what_the_lines_mean(how: str) -> None:
+    """Each line that is not blank is one event with its bytes and its name, in order, and then there is one end."""
+    plain = {
+        "another member first",
+        "a name with a break",
+        "a name that is an end",
+        "an escaped name",
+        "almost an error",
+    }
+    for name, stream in CORPUS.items():
+        *events, end = parse_events(framed(stream, how))
+        expected = meant(stream)
+        assert [event.data for event in events] == [text for _, text in expected], name
+        if name not in plain and "NUL" not in name:
+            assert [event.name for event in events] == [kind for kind, _ in expected], name
+        assert (end.name, end.data) == ("done", '{"end":"done"}'), name
+        assert [event.last_id for event in (*events, end)] == [f"r-1-{n + 1}" for n in range(len(events) + 1)], name
+
+
+@pytest.mark.parametrize("how", PIECES)
+def test_httpx_sse_reads_the_same(how: str) -> None:
+    """A library that people use finds the same events as the tests' own parser."""
+    for name, stream in CORPUS.items():
+        body = framed(stream, how)
+        response = httpx.Response(200, headers={"content-type": "text/event-stream"}, content=body)
+        found = [(event.event, event.data) for event in EventSource(response).iter_sse()]
+        own = [(event.name, event.data) for event in parse_events(body)]
+        if "separators" not in name:  # httpx-sse splits at what Python calls a line end; the standard does not
+            assert found == own, name
+
+
+@pytest.mark.parametrize("how", PIECES)
+def test_what_the_events_hold_is_the_same_json(how: str) -> None:
+    """A carriage return between two tokens becomes another blank, and nothing else does."""
+    for name, stream in CORPUS.items():
+        if name.endswith("CR between tokens"):
+            *events, _ = parse_events(framed(stream, how))
+            assert [json.loads(event.data) for event in events] == [
+                json.loads(line) for line in stream.split(b"\n") if line
+            ], name
+
+
+def test_no_name_of_upstreams_is_an_end() -> None:
+    """The one terminal event is ours, whatever the sidecar calls its own."""
+    events = parse_events(framed(ODD["a name that is an end"], "whole"))
+
+    assert [event.name for event in events] == ["upstream_done", "upstream_stopped", "done"]
+
+
+def test_a_line_that_is_whole_goes_out_at_once() -> None:
+    """Each piece that ends a line gives its event, and a piece that ends none gives nothing."""
+    frames = EventFrames("r-1", errors(), MOST)
+
+    assert frames.feed(b'{"event":"mess') == b""
+    assert frames.feed(b'age"}\n') == b'id: r-1-1\nevent: message\ndata: {"event":"message"}\n\n'
+
+
+@pytest.mark.parametrize("beginning", [b'{"event":"message","x', b"hello", b'{"event":"e"', b"[", b'{ "event" : "m'])
+def test_what_cannot_become_an_error_line_is_not_held(beginning: bytes) -> None:
+    """Half a line goes out as soon as it is plain that it is no error line."""
+    assert RawLines(errors(), MOST).feed(beginning) == beginning
+
+
+def test_memory_is_bounded_by_the_longest_line() -> None:
+    """A line over the limit ends a stream of events, whole or in pieces; lines themselves have no limit."""
+    for pieces in ([b"x" * 101], [b"x" * 60, b"x" * 60], [b"x" * 101 + b"\n"], [b"a\n" + b"x" * 101]):
+        frames = EventFrames("r-1", errors(), 100)
+        with pytest.raises(LineTooLongError):
+            for piece in pieces:
+                frames.feed(piece)
+    lines = RawLines(errors(), 100)
+    assert lines.feed(b"x" * 101) == b"x" * 101
+
+
+@pytest.mark.parametrize(
+    ("first", "verdict"),
+    [
+        (b"", None),
+        (b"\xef\xbb", None),
+        (b"\xef\xbb\xbf", None),
+        (b"\r\n \n", None),
+        (b"dat", None),
+        (b"e", None),
+        (b"{", True),
+        (b"\xef\xbb\xbf{", True),
+        (b"hello", True),
+        (b"dataset", True),
+        (b"data:", False),
+        (b"event: x", False),
+        (b"\n\nid: 1", False),
+        (b": ping", False),
+        (b"retry: 1", False),
+    ],
+)
+def test_the_first_bytes_tell_lines_from_events(first: bytes, verdict: bool | None) -> None:
+    """A body that begins with a field of server-sent events is one; until that is plain, nothing is decided."""
+    assert are_lines(first) is verdict

@@ -24,13 +24,13 @@ from benchmarks.contenders.model import Place
 from benchmarks.contenders.ours import environment
 from benchmarks.processes import choose_cores
 from benchmarks.tokens import make_body, make_token
+from proxy.accesslog import AccessLog
 from proxy.app import create_app
 from proxy.authentication import Authentication, Authenticator
 from proxy.environment import load
 from proxy.limits import RateLimit
-from proxy.observability import Observability
+from proxy.logs import configure_logging
 from proxy.relay import Relay
-from proxy.server import configure_logging
 from proxy.settings import Settings
 from proxy.tokens import InternalIdentity
 
@@ -49,7 +49,7 @@ TIMED: tuple[tuple[str, Any, str], ...] = (
     ("forward: internal identity", InternalIdentity, "token"),
     ("forward: headers", proxy.routes, "request_upstream"),
     ("relay: upstream and back", Relay, "relay"),
-    ("observability: access line", Observability, "_write_line"),
+    ("observability: access line", AccessLog, "end"),
 )
 
 

@@ -19,13 +19,18 @@
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
                       or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
-                      run has used (of what is long, from its `outlines`). `runs` knows which go on, and minds those
-                      whose client left.
-11. `observability`   writes the access line.
+                      run has used (of what is long, from its `outlines`), `tallies` add it up. `runs` knows which go
+                      on, and minds those whose client left.
+11. `observability`   tells its watchers that it has ended: the `accesslog` writes its line, `metrics` count it,
+                      `traces` send its spans.
 
 `listing` filters the one answer that is made here. `model`, `errors`, `outages` and `ends` hold what travels;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
-of which `notices` tell every proxy. `settings`, `tokensettings`, `limitsettings`, `flowsettings` and
+of which `notices` tell every proxy.
+`logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;
+`exposition` serves them, for several workers from one `board`. `telemetry` begins what `telemetrysettings` ask for.
+`livecheck` asks everything that this proxy depends on how it is.
+`settings`, `tokensettings`, `limitsettings`, `flowsettings` and
 `overloadsettings`, which `environment` reads and `reload` reads again, `app`, `openapi` (and its `docspage`), `server`
 (with `protocol`, and `workers` where there are several), `cli`, `limitcommands` and `dev` build the house and open the
 door.

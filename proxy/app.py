@@ -6,7 +6,7 @@ Only wiring; decides nothing, and does no work at import.
 import hmac
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, override
 
@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse
 from starlette.routing import Route
 
 from proxy import docspage, openapi
+from proxy.accesslog import AccessLog
 from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
@@ -24,6 +25,7 @@ from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
+from proxy.metrics import Reading
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.notices import Notices
 from proxy.observability import Observability
@@ -34,6 +36,7 @@ from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
 from proxy.runs import Runs
 from proxy.settings import Settings
+from proxy.telemetry import Telemetry, connection_readings, limit_readings
 from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.upstream import Pool
@@ -67,9 +70,15 @@ def create_app(
     upstream: Upstream | None = None,
     lifecycle: Lifecycle | None = None,
     clock: Callable[[], float] = time.time,
+    telemetry: Telemetry | None = None,
 ) -> FastAPI:
-    """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead."""
+    """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead.
+
+    `telemetry` watches it, where somebody wants to see more than the access line.
+    """
     lifecycle = lifecycle or Lifecycle()
+    telemetry = telemetry or Telemetry()
+    upstream = upstream or make_pool(settings)
     store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
     shown = settings.docs
@@ -83,7 +92,6 @@ def create_app(
     overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
-    upstream = upstream or make_pool(settings)
     runs = Runs(upstream, settings.flow_rules())
     relay = Relay(upstream, runs, settings.flow_rules())
     operations = routes(_phases(settings, limits, relay, clock, overload))
@@ -100,10 +108,18 @@ def create_app(
         lifecycle=lifecycle,
         audit=Audit(),
     )
-    app.middleware_stack = Observability(
-        door, clock=time.perf_counter, new_id=lambda: uuid.uuid4().hex, trusted_hops=settings.trusted_hops
+    observability = Observability(
+        door,
+        clock=time.perf_counter,
+        new_id=lambda: uuid.uuid4().hex,
+        trusted_hops=settings.trusted_hops,
+        watchers=[AccessLog(), *telemetry.watchers],
     )
-    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs)
+    app.middleware_stack = observability
+    app.state.note_refusal = observability.note_refusal
+    if telemetry.metrics is not None:
+        telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, limits))
+    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs, telemetry)
     app.state.limits, app.state.keys = limits, keys
     return app
 
@@ -112,14 +128,28 @@ async def _show_page(_: Request) -> HTMLResponse:
     return HTMLResponse(docspage.page(openapi.describe()), headers={"Content-Security-Policy": docspage.POLICY})
 
 
+def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: object) -> Iterable[Reading]:
+    """Give the metrics that nobody counts."""
+    yield "ready", (), lifecycle.ready
+    yield "key_store_up", (), not keys.is_down
+    yield from connection_readings(upstream)
+    yield from limit_readings(limits)
+
+
 @asynccontextmanager
 async def _background(
-    settings: Settings, keys: KeyCache, store: SqlKeyStore | None, limits: Limits, overload: Overload, runs: Runs
+    settings: Settings,
+    keys: KeyCache,
+    store: SqlKeyStore | None,
+    limits: Limits,
+    overload: Overload,
+    runs: Runs,
+    telemetry: Telemetry,
 ) -> AsyncGenerator[None]:
     """Run what serves no request: the server enters this before it listens, and leaves it last."""
     listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
-        async with overload.watching(), keys.watching(), listening, limits.watching():
+        async with telemetry.watching(), overload.watching(), keys.watching(), listening, limits.watching():
             yield
     finally:
         await runs.close(_LAST_STOPS_SECONDS)

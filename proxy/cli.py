@@ -4,6 +4,7 @@ Speaks to people; decides nothing that a request could meet.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import re
@@ -12,15 +13,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 
 from proxy import dev, keycommands, limitcommands
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.environment import SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text, parse_keys
+from proxy.livecheck import Finding, examine
+from proxy.logs import configure_logging, log_plainly
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.policies import Per, Quota, Unit
-from proxy.server import build, configure_logging, listen, require_schema
+from proxy.server import build, listen, require_schema
 from proxy.settings import Settings
 from proxy.tokens import issue_token
 from proxy.workers import Supervisor
@@ -28,6 +32,7 @@ from proxy.workers import Supervisor
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 _SCOPES_HELP = f"separated by commas (all but {IMPERSONATE})"
 MOST_WORKERS = 64
+_LAST_LINES_SECONDS = 1.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -50,37 +55,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def serve(options: argparse.Namespace) -> int:
     """Serve from the environment alone, until SIGTERM."""
     settings = load(os.environ)
-    configure_logging(settings.log_level, sys.stdout)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
         return _refuse([f"PROXY_HOST, PROXY_PORT: {settings.host}:{settings.port} cannot be used: {error.strerror}"])
     settings = settings.model_copy(update={"workers": options.workers or settings.workers})
     if settings.workers > 1:
+        log_plainly(settings.log_level, sys.stdout)
         return Supervisor(settings.workers, listener, lambda *ours: _serve(settings, *ours)).run()
     return _serve(settings, listener)
 
 
 def _serve(settings: Settings, listener: socket.socket, started: Callable[[], None] | None = None) -> int:
+    handler = configure_logging(settings.log_level, sys.stdout, settings.log_format)  # here: no thread survives a fork
     try:
         server = build(settings, started=started, environment=os.environ)
     except SettingsError as error:
         return _refuse(error.problems)
     server.run(sockets=[listener])
+    handler.writer.flush(_LAST_LINES_SECONDS)
     return 0
 
 
-def check(_: argparse.Namespace) -> int:
-    """Print the settings as they would be, secrets masked; then every problem in them."""
+def check(options: argparse.Namespace) -> int:
+    """Print the settings as they would be, secrets masked; then every problem in them, and of what they name."""
     try:
         settings = load(os.environ)
     except SettingsError as error:
-        _show(describe_environment(os.environ))
+        if options.json:
+            _say(json.dumps({"problems": error.problems}))
+        else:
+            _show(describe_environment(os.environ))
         return _refuse(error.problems)
-    _show(describe(settings))
+    if not options.json:
+        _show(describe(settings))
+    if options.live:
+        return _tell(asyncio.run(examine(settings)), as_json=options.json)
     if settings.database_url is not None:
         require_schema(settings.database_url.get_secret_value())
     return 0
+
+
+def _tell(findings: Sequence[Finding], *, as_json: bool) -> int:
+    """Print what was found; give 1 when something is wrong."""
+    if as_json:
+        _say(json.dumps({"findings": [asdict(finding) for finding in findings]}))
+    else:
+        width = max(len(finding.dependency) for finding in findings)
+        _say("")
+        for finding in findings:
+            _say(f"{finding.verdict:<8}{finding.dependency:<{width}}  {finding.sentence}")
+    return int(any(finding.verdict == "wrong" for finding in findings))
 
 
 def operations(_: argparse.Namespace) -> int:
@@ -156,7 +181,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
         ("dev", lambda _: dev.run(os.environ), "run a local agent and the proxy before it"),
-        ("check", check, "print the settings and every problem in them"),
         ("operations", operations, "print what callers can reach"),
     ):
         commands.add_parser(name, help=text, description=text).set_defaults(command=command)
@@ -164,6 +188,10 @@ def _parser() -> argparse.ArgumentParser:
     served = commands.add_parser("serve", help=text, description=text)
     served.add_argument("--workers", type=_count, metavar="N", help="processes behind the one port (PROXY_WORKERS)")
     served.set_defaults(command=serve)
+    checked = commands.add_parser("check", help="print the settings and every problem in them")
+    checked.add_argument("--live", action="store_true", help="ask every dependency too")
+    checked.add_argument("--json", action="store_true", help="for scripts")
+    checked.set_defaults(command=check)
     keys = commands.add_parser("keys", help="make, list and end API keys").add_subparsers(
         required=True, metavar="COMMAND"
     )

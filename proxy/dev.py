@@ -23,8 +23,9 @@ import httpx
 from proxy.credentials import make_key, parse_key
 from proxy.environment import PREFIX, SettingsError, load
 from proxy.keys import entry_text
+from proxy.logs import configure_logging
 from proxy.operations import USUAL_SCOPES
-from proxy.server import build, configure_logging, listen
+from proxy.server import build, listen
 from proxy.settings import Settings
 from proxy.tokens import issue_token
 
@@ -102,7 +103,7 @@ def _serve(
         "audience": settings.jwt_audience,
     }
     _write_private(DIRECTORY / "credentials.json", json.dumps(credentials, indent=2) + "\n")
-    configure_logging(settings.log_level, sys.stderr)
+    configure_logging(settings.log_level, sys.stderr, settings.log_format)
     server = build(settings, started=lambda: print(_greeting(base_url, kept.api_key, token), flush=True))
     died = threading.Event()
 

@@ -49,11 +49,13 @@ def request_upstream(
     body: bytes,
     identity: bytes,
     request_id: bytes,
+    traceparent: bytes | None = None,
 ) -> UpstreamRequest:
     """Build what the sidecar will see of a permitted request.
 
     `parameters` fill the row's upstream path; `query` is the raw query string, of which only the row's
-    names cross. Raises ClientProblem for a repeated or undecodable query parameter.
+    names cross; `traceparent` is sent instead of the client's own. Raises ClientProblem for a repeated or
+    undecodable query parameter.
     """
     target = permit.operation.upstream
     if parameters:
@@ -63,6 +65,9 @@ def request_upstream(
     hop = connection_fields(headers)
     sent: Headers = [field for field in headers if field[0] in UPWARD and field[0] not in hop]
     sent += ((b"authorization", b"Bearer " + identity), (b"x-request-id", request_id))
+    if traceparent is not None:
+        sent = [field for field in sent if field[0] != b"traceparent"]
+        sent.append((b"traceparent", traceparent))
     if body:
         sent.append((b"content-type", b"application/json"))
     return UpstreamRequest(permit.operation.method.encode(), target.encode(), tuple(sent), body)

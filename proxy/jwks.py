@@ -97,15 +97,20 @@ class RemoteKeys:
     """
 
     def __init__(
-        self, issuer: Issuer, fetch: Fetch, *, rules: FetchRules, clock: Callable[[], float] = time.monotonic
+        self,
+        issuer: Issuer,
+        fetch: Fetch,
+        *,
+        rules: FetchRules | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._issuer = issuer
         self._fetch = fetch
-        self._rules = rules
+        self._rules = rules or FetchRules()
         self._clock = clock
         self._keys: tuple[VerificationKey, ...] = ()
         self._fetched = self._tried = float("-inf")
-        self._fresh = rules.fresh
+        self._fresh = self._rules.fresh
         self._failing = False
         self._task: asyncio.Task[None] | None = None
 
@@ -157,8 +162,7 @@ class RemoteKeys:
         """Fetch a set and put it in the place of the last, if it is any good."""
         name = self._issuer.rules.issuer
         try:
-            document = await self._fetch(await self._key_set_url())
-            keys = set_keys(document.content, self._issuer.algorithms)
+            document, keys = await self._read()
         except (DocumentError, ValueError) as error:
             self._failing = True
             fields = {"issuer": name, "reason": str(error), "kept": len(self._keys)}
@@ -168,6 +172,14 @@ class RemoteKeys:
         asked = self._rules.fresh if document.max_age is None else document.max_age
         self._fresh = min(max(asked, self._rules.cooldown), self._rules.fresh)
         log.info("keys.fetched", extra={"fields": {"issuer": name, "keys": len(keys)}})
+
+    async def fetch(self) -> tuple[VerificationKey, ...]:
+        """Fetch the keys once, to see whether that can be done. Raises DocumentError or ValueError."""
+        return (await self._read())[1]
+
+    async def _read(self) -> tuple[Document, tuple[VerificationKey, ...]]:
+        document = await self._fetch(await self._key_set_url())
+        return document, set_keys(document.content, self._issuer.algorithms)
 
     async def _key_set_url(self) -> str:
         """Give where the key set is: as configured, or as the provider describes itself (OpenID Discovery §4.3)."""

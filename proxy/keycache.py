@@ -97,6 +97,11 @@ class KeyCache:
         """Whether the store has been silent for longer than the grace, so that no key of it works."""
         return self._store is not None and self._ticks() - self._heard > self._grace
 
+    @property
+    def is_down(self) -> bool:
+        """Whether the store did not answer when it was last asked."""
+        return self._down_since is not None
+
     async def refresh(self) -> None:
         """Read what has changed since the last time. A store that is down is logged, when that begins and ends."""
         assert self._store is not None  # noqa: S101  only watched then

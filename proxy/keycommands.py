@@ -22,11 +22,12 @@ from proxy.credentials import KeyParts, make_key, parse_key
 from proxy.environment import SettingsError, load_key_settings
 from proxy.keys import parse_import, read_entry
 from proxy.keystore import KeyRefusedError, SqlKeyStore
+from proxy.logs import JsonFormatter
 from proxy.model import StoredKey
 from proxy.notices import Notices
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.outages import KeyStoreDown
-from proxy.server import MIGRATE_FIRST, JsonFormatter, configure_audit
+from proxy.server import MIGRATE_FIRST, configure_audit
 from proxy.settings import KeySettings
 
 PATIENCE: Final = 30.0

@@ -101,17 +101,30 @@ class Usage:
     estimated: bool
 
 
+class Trace(Protocol):
+    """Where a traced request leaves its marks."""
+
+    def mark(self, name: str) -> None:
+        """End the phase `name` now; it began with the mark before this one, or with the request."""
+
+    def forward(self, attributes: Mapping[str, str | int]) -> bytes:
+        """Begin a request to the sidecar; give the traceparent it is told (W3C Trace Context)."""
+
+
 @dataclass(slots=True)
 class Record:
     """What is known of one request so far; filled along its way, written as the access line at its end.
 
     Times are in seconds of a monotonic clock; `answer_fields` are added to whatever answer goes out. While the
-    run `goes_on` upstream without its client, its lease is held.
+    run `goes_on` upstream without its client, its lease is held, and `usage` and `turns` may still grow. Without a
+    method it was no request.
     """
 
     request_id: bytes
     started: float
     address: str
+    method: str = ""
+    path: str = ""
     principal: Principal | None = None
     operation: str = ""
     status: int = 0
@@ -123,7 +136,24 @@ class Record:
     fault: str = ""
     answer_fields: Headers = field(default_factory=list)
     usage: Usage | None = None
+    turns: int = 0
+    """Whole messages of the assistant in the answer."""
     goes_on: bool = False
+    received_bytes: int = 0
+    forwarded: bool = False
+    """Whether the request was written for the sidecar; without it nothing ran."""
+    trace: Trace | None = None
+    """Set while the request is traced."""
+
+
+class Watcher(Protocol):
+    """Sees every request begin and end: the access line, the metrics, the traces. Never raises, never waits."""
+
+    def begin(self, record: Record, headers: Headers) -> None:
+        """Take in that a request has begun, with its header fields."""
+
+    def end(self, record: Record, now: float) -> None:
+        """Take in that it has ended `now`, in the seconds of the record's own clock."""
 
 
 RECORD: Final = "agentflow_proxy.record"

@@ -1,25 +1,24 @@
-"""The outermost room: gives each request its id and Record, turns every error into an answer, writes the line.
+"""The outermost room: gives each request its id and Record, turns every error into an answer, tells who watches.
 
-Runs for failed requests too. Never logs a credential, a prompt, a body or a query.
+Runs for failed requests too. What is written down of one, and counted, is the watchers' business.
 """
 
 import asyncio
 import contextlib
 import logging
-import traceback
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from starlette.exceptions import HTTPException
 
+from proxy.accesslog import shortened
 from proxy.ends import End
-from proxy.errors import MethodNotAllowed, NotFound, Problem
+from proxy.errors import ClientProblem, MethodNotAllowed, NotFound, Problem
 from proxy.forwarding import request_id_of
-from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, Send
+from proxy.logs import place_of
+from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, Send, Watcher
 from proxy.outages import Draining
 
-access_log: Final = logging.getLogger("agentflow_proxy.access")
 error_log: Final = logging.getLogger("agentflow_proxy.error")
 _CLOSE_POLICY: Final = 1008
 _LAST_WORDS_SECONDS: Final = 1.0
@@ -35,11 +34,13 @@ class Observability:
         clock: Callable[[], float],
         new_id: Callable[[], str],
         trusted_hops: int,
+        watchers: Sequence[Watcher],
     ) -> None:
         self._app = app
         self._clock = clock
         self._new_id = new_id
         self._trusted_hops = trusted_hops
+        self._watchers = tuple(watchers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -53,7 +54,9 @@ class Observability:
         headers: Headers = scope["headers"]
         request_id = request_id_of(headers) or self._new_id().encode()
         address = client_address(scope["client"], headers, trusted_hops=self._trusted_hops)
-        record = scope[RECORD] = Record(request_id, self._clock(), address)
+        record = scope[RECORD] = Record(request_id, self._clock(), address, scope["method"], scope["path"])
+        for watcher in self._watchers:
+            watcher.begin(record, headers)
 
         async def observed(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -86,7 +89,23 @@ class Observability:
             record.end = End.SHUTDOWN
             raise
         finally:
-            self._write_line(scope, record)
+            self._end(record)
+
+    def note_refusal(self, peer: tuple[str, int] | None, *, reason: str, sent: int) -> None:
+        """Tell the watchers of bytes that were no request and got status 400; the server answers those itself."""
+        address = client_address(peer, [], trusted_hops=0)
+        record = Record(self._new_id().encode(), self._clock(), address)
+        record.status, record.sent_bytes, record.first_byte_at = ClientProblem.status, sent, record.started
+        record.end, record.code = ClientProblem.end, ClientProblem.code
+        record.reason, record.fault = reason, ClientProblem.fault
+        for watcher in self._watchers:
+            watcher.begin(record, [])
+        self._end(record)
+
+    def _end(self, record: Record) -> None:
+        now = self._clock()
+        for watcher in self._watchers:
+            watcher.end(record, now)
 
     async def _answer(self, problem: Problem, scope: Scope, send: Send) -> None:
         """Send the problem if nothing was sent yet; else leave the answer cut, which is what it is."""
@@ -101,35 +120,11 @@ class Observability:
         own = problem.headers()
         named = {name for name, _ in own}
         record.answer_fields = [field for field in record.answer_fields if field[0] not in named]
-        body = problem.body(instance=scope["path"], request_id=record.request_id.decode())
+        body = problem.body(instance=shortened(record.path), request_id=record.request_id.decode())
         head = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
         head.append((b"cache-control", b"no-store"))
         await send({"type": "http.response.start", "status": problem.status, "headers": head + own})
         await send({"type": "http.response.body", "body": body, "more_body": False})
-
-    def _write_line(self, scope: Scope, record: Record) -> None:
-        now = self._clock()
-        fields: dict[str, object] = {
-            "request_id": record.request_id.decode(),
-            "client": record.address,
-            "principal": record.principal.name if record.principal is not None else None,
-            "credential": record.principal.kind if record.principal is not None else None,
-            "operation": record.operation or None,
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": record.status,
-            "bytes": record.sent_bytes,
-            "duration_ms": round((now - record.started) * 1000, 3),
-            "first_byte_ms": None,
-            "end": record.end,
-        }
-        if record.first_byte_at is not None:
-            fields["first_byte_ms"] = round((record.first_byte_at - record.started) * 1000, 3)
-        if record.principal is not None and record.principal.on_behalf_of is not None:
-            fields["on_behalf_of"] = record.principal.on_behalf_of
-        if record.fault:
-            fields |= {"code": record.code, "fault": record.fault, "reason": record.reason}
-        access_log.info("request.finished", extra={"fields": fields})
 
 
 def client_address(peer: tuple[str, int] | None, headers: Headers, *, trusted_hops: int) -> str:
@@ -152,10 +147,3 @@ def _problem_of(error: HTTPException) -> Problem:
     if error.status_code == 405:  # noqa: PLR2004  Method Not Allowed
         return MethodNotAllowed((error.headers or {}).get("Allow", ""))
     return NotFound()
-
-
-def place_of(error: BaseException) -> str:
-    """Give the error's type and where it was raised: its text may hold what a caller sent, so it is not logged."""
-    frame = next(reversed(traceback.extract_tb(error.__traceback__)), None)
-    where = f" at {Path(frame.filename).name}:{frame.lineno} in {frame.name}" if frame is not None else ""
-    return type(error).__name__ + where

@@ -3,7 +3,8 @@
 Refuses before a request exists; knows nothing of what requests mean.
 """
 
-from typing import Final, override
+from collections.abc import Callable
+from typing import Any, Final, override
 
 import pydantic_core
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -23,6 +24,10 @@ class OneAtATime(HttpToolsProtocol):
     """
 
     _was_closing = False
+
+    def __init__(self, *args: Any, note_refusal: Callable[..., None] | None = None, **options: Any) -> None:  # noqa: ANN401  uvicorn's
+        super().__init__(*args, **options)
+        self._note_refusal = note_refusal
 
     @override
     def on_message_begin(self) -> None:
@@ -47,6 +52,8 @@ class OneAtATime(HttpToolsProtocol):
         head = "HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\nconnection: close\r\n"
         self.transport.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         self.transport.close()
+        if self._note_refusal is not None:
+            self._note_refusal(self.client, reason=msg, sent=len(body))
 
     def give_up_closing(self) -> None:
         """Abort a connection that was closing already when this was called before: its client does not read.

@@ -65,7 +65,7 @@ class Phases:
         """Read and bind a run, then relay its answer."""
         raw = await self._read(scope, receive)
         body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
-        request = self._upstream(permit, scope, body=body)
+        request = self._upstream(permit, scope, body=body, thread_id=thread_id)
         run = self._run(permit, thread_id, lease, scope)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
@@ -103,7 +103,10 @@ class Phases:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         rules = self.body_rules
-        return await read_body(scope["headers"], receive, most=rules.most, seconds=rules.seconds)
+        raw = await read_body(scope["headers"], receive, most=rules.most, seconds=rules.seconds)
+        record: Record = scope[RECORD]
+        record.received_bytes = len(raw)
+        return raw
 
     def _upstream(
         self,
@@ -113,8 +116,11 @@ class Phases:
         parameters: Mapping[str, str] | None = None,
         query: bytes = b"",
         body: bytes = b"",
+        thread_id: str = "",
     ) -> UpstreamRequest:
         record: Record = scope[RECORD]
+        record.forwarded = True
+        traced = record.trace.forward(_span_attributes(permit.operation, thread_id)) if record.trace else None
         return request_upstream(
             permit,
             parameters=parameters or {},
@@ -123,6 +129,7 @@ class Phases:
             body=body,
             identity=self.identity.token(permit.principal),
             request_id=record.request_id,
+            traceparent=traced,
         )
 
     def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
@@ -135,6 +142,14 @@ class Phases:
     def _stop(self, permit: Permit, thread_id: str, request_id: bytes) -> UpstreamRequest:
         identity = self.identity.token(permit.principal)
         return stop_upstream(permit, thread_id=thread_id, identity=identity, request_id=request_id)
+
+
+def _span_attributes(operation: Operation, thread_id: str) -> dict[str, str | int]:
+    """Name what a request to the sidecar is, in OpenTelemetry's words; a run has a thread."""
+    told: dict[str, str | int] = {"http.request.method": operation.method, "url.template": operation.upstream}
+    if thread_id:
+        told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread_id}
+    return told
 
 
 type Phase = Callable[[Permit, str, Lease, Scope, Receive, Send], Awaitable[None]]
@@ -163,7 +178,12 @@ class Endpoint:
         if principal is None:
             raise NotFound  # absence is refusal, though the door let nobody else through
         record.operation = self._operation.name
+        trace = record.trace
+        if trace is not None:
+            trace.mark("authentication")
         permit = authorize(principal, self._operation)
+        if trace is not None:
+            trace.mark("policy")
         overload = self._phases.overload
         if not self._relieves:
             overload.require_room(principal.tier)
@@ -172,6 +192,8 @@ class Endpoint:
         payer = tag_of(principal.caller, secret) if principal.caller else tag
         lease = await self._phases.limits.admit(principal, payer, self._operation)
         record.answer_fields = lease.fields
+        if trace is not None:
+            trace.mark("limit")
         overload.open_runs += self._runs
         try:
             await self._perform(permit, tag, lease, scope, receive, send)

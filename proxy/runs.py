@@ -50,6 +50,7 @@ class Spending:
         if usage is None:
             return True
         self._record.usage = usage
+        self._record.turns = self._turns
         tokens = usage.total_tokens - self._charged
         if tokens <= 0:
             return True
@@ -150,6 +151,7 @@ class Runs:
             exchange.abandon(ClientLeft())
             lease.release()
             run.spending.settle()
+            run.record.goes_on = False
 
     async def _stop(self, run: Run) -> None:
         status, reason = 0, ""

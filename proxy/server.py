@@ -1,21 +1,20 @@
-"""Serving the app: uvicorn with our signals, our drain, and logs that are one JSON object a line.
+"""Serving the app: uvicorn with our signals and our drain.
 
 Knows nothing of requests; ends with status 0 after SIGTERM or SIGINT, answers finished or their grace over.
 """
 
 import asyncio
-import json
 import logging
 import os
 import signal
 import socket
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
-from datetime import UTC, datetime
+from functools import partial
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
 from pathlib import Path
-from typing import Final, TextIO, override
+from typing import Final, override
 
 import uvicorn
 
@@ -23,12 +22,13 @@ from proxy import audit
 from proxy.app import create_app, make_pool
 from proxy.environment import SettingsError
 from proxy.keystore import SqlKeyStore
+from proxy.logs import JsonFormatter, set_level
 from proxy.model import Lifecycle
-from proxy.observability import place_of
 from proxy.outages import KeyStoreDown
 from proxy.protocol import OneAtATime
 from proxy.reload import Reload
 from proxy.settings import Settings
+from proxy.telemetry import Share, begin_telemetry
 from proxy.upstream import Pool
 
 log: Final = logging.getLogger("agentflow_proxy.server")
@@ -38,26 +38,9 @@ KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
 SETTLE_SECONDS: Final = 0.25, 2.0
 """For requests that were on their way when the port closed to arrive: at least, and at most for one that does not."""
-_EXPECTED: Final = ("ASGI callable returned without completing response.", "Exception in ASGI application\n")
 
 
 MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, event, and the record's fields."""
-
-    @override
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, object] = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
-            "level": record.levelname.lower(),
-            "event": record.getMessage(),
-        }
-        if record.exc_info is not None and record.exc_info[1] is not None:
-            line["error"] = place_of(record.exc_info[1])
-        text = json.dumps(line | getattr(record, "fields", {}), separators=(",", ":"))
-        return text.replace("\x7f", "\\u007f")  # the one control character that JSON leaves as it is
 
 
 class AuditFile(WatchedFileHandler):
@@ -74,24 +57,6 @@ class AuditFile(WatchedFileHandler):
     def _open(self) -> TextIOWrapper:
         os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
         return super()._open()
-
-
-def configure_logging(level: str, stream: TextIO) -> None:
-    """Send every logger's lines to `stream`, from `level` up."""
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(JsonFormatter())
-    logging.raiseExceptions = False  # a log that cannot be written stops nothing
-    logging.getLogger().handlers = [handler]
-    set_log_level(level)
-    # A cut answer is left cut on purpose; its access line says why.
-    logging.getLogger("uvicorn.error").addFilter(lambda record: record.msg not in _EXPECTED)
-
-
-def set_log_level(level: str) -> None:
-    """Write lines from `level` up."""
-    root = logging.getLogger()
-    root.setLevel(level.upper())
-    logging.getLogger("uvicorn.error").setLevel(max(logging.WARNING, root.level))
 
 
 def configure_audit(path: Path | None) -> None:
@@ -124,9 +89,11 @@ class Server(uvicorn.Server):
         drain_delay: float,
         started: Callable[[], None] | None = None,
         reload: Callable[[], None] | None = None,
+        metrics: str | None = None,
     ) -> None:
         super().__init__(config)
         self._reload = reload
+        self._metrics = metrics
         self._background = background
         self._pool = pool
         self._drain_delay = drain_delay
@@ -197,7 +164,8 @@ class Server(uvicorn.Server):
 
     async def _serve_accepted(self, connection: socket.socket) -> None:
         def protocol() -> asyncio.Protocol:
-            return OneAtATime(config=self.config, server_state=self.server_state, app_state={})
+            kind = self.config.http_protocol_class
+            return kind(config=self.config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
 
         connection.setblocking(False)
         await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
@@ -227,7 +195,10 @@ class Server(uvicorn.Server):
         if self._started is not None and not self.should_exit:
             self._started()
         listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]
-        log.info("server.started", extra={"fields": {"listening": [f"{host}:{port}" for host, port in listening]}})
+        fields: dict[str, object] = {"listening": [f"{host}:{port}" for host, port in listening]}
+        if self._metrics is not None:
+            fields["metrics"] = self._metrics
+        log.info("server.started", extra={"fields": fields})
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -261,25 +232,33 @@ def build(
     *,
     started: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
+    share: Share | None = None,
 ) -> Server:
     """Build the server for `settings`. Raises SettingsError for what can only be known by trying.
 
     With the `environment` that the settings come from, SIGHUP reads it again.
+    `share` is what one of several workers has in common with the others, where there are metrics.
     """
     configure_audit(settings.audit_file)
     if settings.database_url is not None:
         require_schema(settings.database_url.get_secret_value())
     lifecycle = Lifecycle()
     pool = make_pool(settings)
-    app = create_app(settings, upstream=pool, lifecycle=lifecycle)
+    try:
+        telemetry = begin_telemetry(settings, share)
+    except OSError as error:
+        address = f"{settings.metrics_host}:{settings.metrics_port}"
+        fault = f"PROXY_METRICS_HOST, PROXY_METRICS_PORT: {address} cannot be used: {error.strerror}"
+        raise SettingsError([fault]) from error
+    app = create_app(settings, upstream=pool, lifecycle=lifecycle, telemetry=telemetry)
     reload = None
     if environment is not None:
         limits, keys = app.state.limits, app.state.keys
-        reload = Reload(settings, environment, limits=limits, keys=keys, set_level=set_log_level)
+        reload = Reload(settings, environment, limits=limits, keys=keys, set_level=set_level)
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=OneAtATime,
+        http=partial(OneAtATime, note_refusal=app.state.note_refusal),  # type: ignore[arg-type]  # called, never looked into
         ws="none",
         lifespan="off",
         access_log=False,
@@ -297,4 +276,5 @@ def build(
         drain_delay=settings.drain_delay_seconds,
         started=started,
         reload=reload,
+        metrics=telemetry.server.address if telemetry.server is not None else None,
     )

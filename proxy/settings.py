@@ -1,8 +1,10 @@
 """What an operator can set, with each setting's default and what is wrong with a value; `environment` reads them."""
 
 import re
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -19,10 +21,11 @@ from proxy.keys import parse_keys
 from proxy.limitsettings import LimitSettings, RedisUrl
 from proxy.model import Deadlines, StoredKey
 from proxy.overloadsettings import OverloadSettings
+from proxy.publickeys import shared_key
+from proxy.telemetrysettings import TelemetrySettings
 from proxy.tokensettings import Seconds, TokenSettings
 
 _ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
-_LAST_PORT: Final = 65_535
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 
@@ -31,7 +34,18 @@ def _secret(value: object) -> object:
         raise ValueError("must be printable text")
     if isinstance(value, str) and len(value.encode()) < MIN_SECRET_BYTES:
         raise ValueError(SHORT_SECRET)
+    if isinstance(value, str):
+        shared_key(value)  # the first use would say so too, but that is a request
     return value
+
+
+def _is_reachable(url: str) -> bool:
+    """Say whether a URL has a port that exists and, where its host is in brackets, an IPv6 address there."""
+    try:
+        parts = urlsplit(url)
+        return bool(parts.port) and (":" not in (parts.hostname or "") or bool(IPv6Address(parts.hostname or "")))
+    except ValueError:
+        return False
 
 
 def _database_url(value: object) -> object:
@@ -44,7 +58,7 @@ type Secret = Annotated[SecretStr, BeforeValidator(_secret)]
 type DatabaseUrl = Annotated[SecretStr, BeforeValidator(_database_url)]
 
 
-class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings):
+class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings, TelemetrySettings):
     """Every setting, with its default. A field `name` is the variable `PROXY_NAME`."""
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
@@ -93,12 +107,11 @@ class Settings(LimitSettings, FlowSettings, OverloadSettings, TokenSettings):
         float, Field(ge=0, le=60, description="after SIGTERM, /health/ready says 503 this long before the port closes")
     ] = 0
     docs: Annotated[bool, Field(description="serve /docs and /openapi.json")] = True
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], Field(description="least level logged")] = "info"
 
     @field_validator("agent_url")
     @classmethod
     def _is_origin(cls, value: str) -> str:
-        if _ORIGIN.fullmatch(value) is None or not 0 < int(value.rstrip("/").rpartition(":")[2]) <= _LAST_PORT:
+        if _ORIGIN.fullmatch(value) is None or not _is_reachable(value):
             raise ValueError("must be http://host:port, without a path")
         return value.rstrip("/")
 

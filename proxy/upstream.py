@@ -218,7 +218,8 @@ class Pool:
         self._most = most
         self._most_idle = most_idle
         self._idle_seconds = idle_seconds
-        self._idle: deque[Connection] = deque()
+        self.idle = self._idle = deque[Connection]()
+        """Those kept for the next request."""
         self._sweeping = False
         self.open = 0
         """Connections that are open or being opened."""

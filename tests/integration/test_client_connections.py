@@ -170,3 +170,32 @@ async def test_a_connection_that_is_closed_is_not_held_by_a_client_that_does_not
         return after_one, gone.is_set()
 
     assert await asyncio.to_thread(uvloop.run, closes()) == (False, True)
+
+
+async def test_a_long_path_is_told_in_part(house: House) -> None:
+    """Tens of thousands of characters come back neither in the problem nor in the log."""
+    reader, writer = await house.connect()
+    path = b"/agent/" + b"x" * 50_000
+    writer.write(b"GET " + path + b" HTTP/1.1\r\nhost: a\r\nx-request-id: long\r\nconnection: close\r\n\r\n")
+    async with asyncio.timeout(10):
+        answer = await rest_of(reader)
+    line = await asyncio.to_thread(house.proxy.line_of, request_id="long")
+
+    assert answer.startswith(b"HTTP/1.1 401")
+    assert len(answer) < 2048
+    assert len(line["path"]) == 1025
+    writer.close()
+
+
+async def test_what_is_no_request_has_its_line(house: House) -> None:
+    """Bytes that are no HTTP are answered by the server itself, and written down like every request."""
+    reader, writer = await house.connect()
+    writer.write(b"\x16\x03\x01\r\n\r\n")
+    async with asyncio.timeout(10):
+        answer = await rest_of(reader)
+    line = await asyncio.to_thread(house.proxy.line_of, status=400)
+
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert (line["method"], line["path"], line["code"], line["fault"]) == (None, None, "invalid_request", "client")
+    assert line["client"] == "127.0.0.1"
+    writer.close()

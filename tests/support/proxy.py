@@ -35,6 +35,12 @@ class Proxy:
         lines = text[: text.rfind("\n") + 1].splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    @property
+    def metrics_url(self) -> str:
+        """Where it said that it serves its metrics."""
+        started = next(line for line in self.log_lines() if line["event"] == "server.started")
+        return f"http://{started['metrics']}/metrics"
+
     def line_of(self, **fields: object) -> dict[str, Any]:
         """Wait for the access line that has these fields: it is written after the answer's last byte."""
         deadline = time.monotonic() + DEADLINE

@@ -9,8 +9,8 @@ import pytest
 
 from proxy import audit
 from proxy.audit import Audit
+from proxy.logs import JsonFormatter
 from proxy.model import CredentialKind, Principal, Record
-from proxy.server import JsonFormatter
 
 ALICE = Principal("alice", "alice", "key:A", frozenset(), CredentialKind.API_KEY, key_id="A" * 12)
 

@@ -38,9 +38,12 @@ BAD: dict[str, list[str]] = {
         "http://agent:8001?a=b",
         "http://user:pass@agent:8001",
         "http://[::1",
+        "http://[:::]:8001",
+        "http://[1.2.3.4]:8001",
+        "http://agent:65536",
         "unix:/run/agent.sock",
     ],
-    "agent_secret": ["short", "s" * 31],
+    "agent_secret": ["short", "s" * 31, "-----BEGIN PUBLIC KEY-----MFkwEwYHKoZIzj0CAQYI-----END PUBLIC KEY-----"],
     "thread_secret": ["short", "s" * 31],
     "jwt_secret": ["short", "é" * 15, f"{JWT}\nshort", f"{JWT}\n{JWT}"],
     "jwt_leeway_seconds": ["-1", "301", "nan", "x"],
@@ -99,10 +102,23 @@ BAD: dict[str, list[str]] = {
     "grace_seconds": ["-1", "3601", "nan"],
     "docs": ["perhaps"],
     "log_level": ["trace", "INFO"],
+    "log_format": ["xml", "JSON"],
+    "metrics_port": ["-1", "65536", "x"],
+    "otlp_url": [
+        "collector:4318",
+        "grpc://a:4317",
+        "http://",
+        "http://u:p@a:1",
+        "http://a:4318/v1/traces",
+        "http://a:b",
+        "http://[::",
+    ],
+    "trace_sample_ratio": ["-0.1", "1.1", "nan", "x"],
+    "trace_follow_caller": ["perhaps"],
 }
 FREE = {
     "host", "agent_issuer", "agent_audience", "jwt_issuer", "jwt_audience", "jwt_tenant_claim", "audit_file",
-    "jwt_rate_claim",
+    "jwt_rate_claim", "metrics_host",
 }  # fmt: skip
 """Settings that any text may be given for."""
 CASES = [(f"PROXY_{name.upper()}", value) for name, values in BAD.items() for value in values]

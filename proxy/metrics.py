@@ -1,0 +1,196 @@
+"""Counting: every request into plain numbers, which become Prometheus's metrics only when somebody asks.
+
+Knows nothing of HTTP or Prometheus; a request costs it a few additions (docs/adr/0014).
+"""
+
+import asyncio
+from bisect import bisect_left
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Final
+
+from proxy.families import FAMILIES
+from proxy.model import Headers, Record, Usage
+from proxy.operations import OPERATIONS, Kind
+
+type Snapshot = dict[str, list[tuple[tuple[str, ...], list[float]]]]
+"""For each family its rows: the labels' values, and one number, or a histogram's buckets and sum."""
+
+type Reading = tuple[str, tuple[str, ...], float]
+"""What is only known when asked: a family, the labels' values, the number."""
+
+LAG_SECONDS: Final = 0.25
+NONE: Final = "none"
+_RUNS: Final = frozenset(row.name for row in OPERATIONS if row.kind is Kind.RUN)
+_STREAM: Final = "stream"
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_OK: Final = 200
+
+
+class Histogram:
+    """Counts of values up to each bound, the rest, and their sum."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0.0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one value."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+class _PerOperation:
+    """What is counted for one operation."""
+
+    __slots__ = ("durations", "first_bytes", "received", "runs", "sent")
+
+    def __init__(self) -> None:
+        bounds = FAMILIES["request_duration_seconds"].bounds
+        self.durations = Histogram(bounds)
+        self.first_bytes = Histogram(bounds)
+        self.runs = Histogram(bounds)
+        self.received = 0
+        self.sent = 0
+
+    def rows(self) -> Iterator[tuple[str, list[float]]]:
+        """Give each family's numbers."""
+        for name, histogram in (
+            ("request_duration_seconds", self.durations),
+            ("time_to_first_byte_seconds", self.first_bytes),
+            ("run_duration_seconds", self.runs),
+        ):
+            yield name, [*histogram.counts, histogram.sum]
+        yield "received_bytes", [self.received]
+        yield "sent_bytes", [self.sent]
+
+
+class Metrics:
+    """The numbers of one process. Implements `model.Watcher`. `sources` are asked whenever somebody looks."""
+
+    def __init__(self) -> None:
+        self._requests: dict[tuple[str, str, int, str], int] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+        self._operations: dict[str, _PerOperation] = {}
+        self._lag = Histogram(FAMILIES["event_loop_lag_seconds"].bounds)
+        self._live: dict[int, Record] = {}
+        self._abandoned: list[Record] = []
+        self._before: Snapshot = {}
+        self.sources: list[Callable[[], Iterable[Reading]]] = []
+
+    def begin(self, record: Record, headers: Headers) -> None:  # noqa: ARG002  `model.Watcher`
+        """See `model.Watcher`."""
+        self._live[id(record)] = record
+
+    def end(self, record: Record, now: float) -> None:
+        """See `model.Watcher`."""
+        self._live.pop(id(record), None)
+        operation = record.operation or NONE
+        method = record.method if record.method in _METHODS else "other"
+        key = (operation, method, record.status, record.principal.kind if record.principal is not None else NONE)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        per = self._operations.get(operation)
+        if per is None:
+            per = self._operations[operation] = _PerOperation()
+        duration = now - record.started
+        per.durations.observe(duration)
+        if record.first_byte_at is not None:
+            per.first_bytes.observe(record.first_byte_at - record.started)
+        per.received += record.received_bytes
+        per.sent += record.sent_bytes
+        if operation in _RUNS and record.forwarded:
+            self._count("runs", operation, record.end)
+            if record.status == _OK:
+                per.runs.observe(duration)
+                if operation == _STREAM:
+                    self._count("stream_end", record.end)
+        if record.fault:
+            self._count("problems", record.code, record.fault)
+        if record.goes_on:
+            self._abandoned.append(record)
+        elif record.usage is not None:
+            self._count_usage(operation, record.usage, record.turns)
+
+    def _count_usage(self, operation: str, usage: Usage, turns: int) -> None:
+        estimated = "true" if usage.estimated else "false"
+        self._count("model_tokens", operation, "input", estimated, by=usage.input_tokens)
+        self._count("model_tokens", operation, "output", estimated, by=usage.output_tokens)
+        self._count("turns", operation, by=turns)
+
+    def _settle(self) -> None:
+        """Count what the runs have used that went on without their clients, and are over."""
+        over = [record for record in self._abandoned if not record.goes_on]
+        if over:
+            self._abandoned = [record for record in self._abandoned if record.goes_on]
+            for record in over:
+                if record.usage is not None:
+                    self._count_usage(record.operation, record.usage, record.turns)
+
+    def _count(self, *key: str, by: int = 1) -> None:
+        self._counts[key] = self._counts.get(key, 0) + by
+
+    @asynccontextmanager
+    async def sampling(self) -> AsyncGenerator[None]:
+        """Measure how late the event loop is, as long as the context lasts."""
+        task = asyncio.create_task(self._sample())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _sample(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            self._lag.observe(max(0.0, loop.time() - due))
+            self._settle()
+
+    def snapshot(self) -> Snapshot:
+        """Give every number as it is. May be asked from any thread: what the loop changes is copied first."""
+        rows: Snapshot = {name: [] for name in FAMILIES}
+        for (operation, method, status, credential), count in self._requests.copy().items():
+            rows["requests"].append(((operation, method, str(status), credential), [count]))
+        for (name, *labels), count in self._counts.copy().items():
+            rows[name].append((tuple(map(str, labels)), [count]))
+        for operation, per in self._operations.copy().items():
+            for name, values in per.rows():
+                rows[name].append(((operation,), values))
+        rows["event_loop_lag_seconds"].append(((), [*self._lag.counts, self._lag.sum]))
+        live = list(self._live.copy().values())
+        rows["requests_in_flight"].append(((), [len(live)]))
+        rows["streams_active"].append(((), [sum(_is_stream(record) for record in live)]))
+        for operation in sorted(_RUNS):
+            running = sum(record.operation == operation and record.forwarded for record in live)
+            rows["runs_in_flight"].append(((operation,), [running]))
+        rows["runs_abandoned"].append(((), [sum(record.goes_on for record in self._abandoned.copy())]))
+        for source in self.sources:
+            for name, labels_given, value in source():
+                rows[name].append((labels_given, [value]))
+        return merged([rows, self._before]) if self._before else rows
+
+    def continue_from(self, before: Snapshot) -> None:
+        """Count on from what the worker counted whose place this one takes, so that no counter ever falls."""
+        self._before = {name: rows for name, rows in before.items() if FAMILIES[name].kind != "gauge"}
+
+
+def _is_stream(record: Record) -> bool:
+    return record.operation == _STREAM and record.status == _OK
+
+
+def merged(snapshots: Iterable[Snapshot]) -> Snapshot:
+    """Give the numbers of several processes as one."""
+    numbers: dict[str, dict[tuple[str, ...], list[float]]] = {name: {} for name in FAMILIES}
+    for snapshot in snapshots:
+        for name, rows in snapshot.items():
+            combine: Any = {"sum": sum, "min": min, "max": max}[FAMILIES[name].merge]
+            for labels, values in rows:
+                known = numbers[name].get(labels)
+                both = values if known is None else [combine(pair) for pair in zip(known, values, strict=True)]
+                numbers[name][labels] = both
+    return {name: list(rows.items()) for name, rows in numbers.items()}

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from proxy import dev, keycommands, limitcommands
+from proxy.board import Board
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.environment import SettingsError, describe, describe_environment, load
@@ -26,6 +27,7 @@ from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind
 from proxy.policies import Per, Quota, Unit
 from proxy.server import build, listen, require_schema
 from proxy.settings import Settings
+from proxy.telemetry import Share, listen_for_metrics
 from proxy.tokens import issue_token
 from proxy.workers import Supervisor
 
@@ -62,14 +64,34 @@ def serve(options: argparse.Namespace) -> int:
     settings = settings.model_copy(update={"workers": options.workers or settings.workers})
     if settings.workers > 1:
         log_plainly(settings.log_level, sys.stdout)
-        return Supervisor(settings.workers, listener, lambda *ours: _serve(settings, *ours)).run()
+        return _supervise(settings, listener)
     return _serve(settings, listener)
 
 
-def _serve(settings: Settings, listener: socket.socket, started: Callable[[], None] | None = None) -> int:
+def _supervise(settings: Settings, listener: socket.socket) -> int:
+    """Serve with several workers, whose metrics are one."""
+    try:
+        counted = listen_for_metrics(settings) if settings.metrics_port is not None else None
+    except OSError as error:
+        return _refuse([f"PROXY_METRICS_HOST, PROXY_METRICS_PORT: cannot be used: {error.strerror}"])
+    board = Board.create(settings.workers) if counted is not None else None
+
+    def work(place: int, listener: socket.socket, started: Callable[[], None]) -> int:
+        share = Share(board, place, counted) if board is not None and counted is not None else None
+        return _serve(settings, listener, started, share)
+
+    return Supervisor(settings.workers, listener, work).run()
+
+
+def _serve(
+    settings: Settings,
+    listener: socket.socket,
+    started: Callable[[], None] | None = None,
+    share: Share | None = None,
+) -> int:
     handler = configure_logging(settings.log_level, sys.stdout, settings.log_format)  # here: no thread survives a fork
     try:
-        server = build(settings, started=started, environment=os.environ)
+        server = build(settings, started=started, environment=os.environ, share=share)
     except SettingsError as error:
         return _refuse(error.problems)
     server.run(sockets=[listener])

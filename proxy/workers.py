@@ -24,7 +24,7 @@ PAUSE_SECONDS: Final = 1.0
 """Between two starts of one worker: one that dies at once must not take the machine with it."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Worker:
     started_at: float = 0.0
     pid: int | None = None
@@ -33,7 +33,8 @@ class _Worker:
 class Supervisor:
     """Keeps `count` workers alive on `listener`.
 
-    `serve` runs in each of them: it gets the listener and what to call once it listens, and gives the exit status.
+    `serve` runs in each of them: it gets its place (from 0), the listener and what to call once it
+    listens, and gives the exit status.
     `died` is told the process id of each worker that has ended, in the supervisor.
     """
 
@@ -41,7 +42,7 @@ class Supervisor:
         self,
         count: int,
         listener: socket.socket,
-        serve: Callable[[socket.socket, Callable[[], None]], int],
+        serve: Callable[[int, socket.socket, Callable[[], None]], int],
         *,
         died: Callable[[int], None] = lambda _pid: None,
     ) -> None:
@@ -122,16 +123,16 @@ class Supervisor:
         worker.started_at = now
         worker.pid = os.fork()
         if worker.pid == 0:
-            os._exit(self._become_worker(mask))
+            os._exit(self._become_worker(self._workers.index(worker), mask))
 
-    def _become_worker(self, mask: set[signal.Signals | int]) -> int:
+    def _become_worker(self, place: int, mask: set[signal.Signals | int]) -> int:
         """Serve as one of the workers; give the exit status. Never returns into the supervisor's loop."""
         os.close(self._alive_write)
         # Before the first signal handler is there, the default ends the process, which then serves nobody.
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         threading.Thread(target=self._outlive_nobody, daemon=True).start()
         try:
-            status = self._serve(self._listener, self._tell_started)
+            status = self._serve(place, self._listener, self._tell_started)
         except BaseException as error:  # noqa: BLE001  the process's edge: whatever it was, it must not fork on
             log.error("worker.failed", extra={"fields": {"error": type(error).__name__}})  # noqa: TRY400  with its type
             status = 1

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.agent import Agent, start_agent
+from tests.support.agent import Agent, free_port, start_agent
 from tests.support.agent import stop as stop_agent
 from tests.support.principals import Principals
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
@@ -124,6 +124,27 @@ def test_all_workers_together_admit_no_more_than_the_limit(proxy: Proxy, princip
 
     assert 10 <= statuses.count(200) <= 20
     assert set(statuses) == {200, 429}
+
+
+def test_workers_are_counted_together(tmp_path: Path, agent: Agent, principals: Principals) -> None:
+    """Whichever worker is asked for the metrics, it tells of all of them."""
+    port = str(free_port())
+    settings = principals.environment() | {"PROXY_METRICS_PORT": port, "PROXY_RATE_LIMIT": "off"}
+    running = start_proxy(tmp_path, agent.url, agent.secret, "--workers", str(WORKERS), **settings)
+    try:
+        await_true(lambda: starts(running) == WORKERS)
+        with caller(running, principals, "ann") as client:
+            for _ in range(20):
+                assert client.get("/agent/ping").is_success
+
+        def told() -> bool:
+            text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+            lines = [line for line in text.splitlines() if line.startswith("agent_proxy_requests_total{")]
+            return sum(float(line.split()[-1]) for line in lines if 'operation="ping"' in line) == 20
+
+        await_true(told)
+    finally:
+        stop_proxy(running.process)
 
 
 def test_workers_do_not_outlive_their_supervisor(proxy: Proxy) -> None:

@@ -185,6 +185,7 @@ class SharedTier:
             if self.is_down:
                 await self._courier.disconnect()
             if self.is_down or try_first:
+                await self._courier.reach()
                 await self._ask([f"{self._prefix}:{{probe}}"], "take", "probe", _PROBE)
             if self.is_down or self._ticks() - self._renewed >= self._renew_seconds:
                 await self._hold_on()

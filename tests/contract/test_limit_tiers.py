@@ -377,7 +377,40 @@ def test_a_shadow_refuses_nobody_and_charges_as_if_it_did(house: House, caplog: 
         (f"r{mark}", "admitted"): 4,
         (f"r{mark}", "refused"): 1,
     }
-    assert [record.getMessage() for record in caplog.records] == ["limits.would_refuse"] * 3
+    assert [record.getMessage() for record in caplog.records] == ["limits.would_refuse"]
+
+
+def test_a_shadow_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """However many it would refuse: a line each ten seconds and policy, which says how many had none."""
+    now = [START]
+    shadows = [Policy(name=name, rates=((1, 1 << 20),), shadow=True) for name in ("one", "two")]
+    limits = Limits(Policies(shadows, read_rates=read_own), partition_of=str, local=LocalTier(), clock=lambda: now[0])
+    with caplog.at_level("INFO"), asyncio.Runner() as loop:
+        for second in (0, 1, 2, 9, 10, 11):
+            now[0] = START + second
+            loop.run(limits.admit(CALLER, "a", INVOKE))
+
+    told = [(record.fields["policy"], record.fields["untold"]) for record in caplog.records]  # type: ignore[attr-defined]  # ours
+    assert told == [("one", 0), ("two", 0), ("one", 3), ("two", 3)]
+
+
+def test_older_clients_are_told_of_requests_only(house: House) -> None:
+    """A slot that is left is no request that is left; where nothing counts requests they are told nothing."""
+    mark = next(NUMBERS)
+    runs = Policy(name=f"c{mark}", rates=((1, 0),), unit=Unit.RUNS, strategy=Strategy.CONCURRENCY)
+    windows = Policy(name=f"w{mark}", rates=((9, 64), (5, 8)))
+    house.set_clock(START)
+    house.limits._legacy = True
+    told = []
+    for policies in ([runs, windows], [runs]):
+        house.limits.replace(Policies(policies, read_rates=read_own))
+        lease = house.admit(f"older-{len(policies)}")
+        told.append({name: value for name, value in lease.fields if name.startswith(b"x-")})
+        lease.release()
+    house.limits._legacy = False
+
+    assert (told[0][b"x-ratelimit-limit"], told[0][b"x-ratelimit-remaining"]) == (b"5", b"4")
+    assert told[1] == {}
 
 
 def test_a_quota_is_its_key(house: House) -> None:

@@ -12,7 +12,8 @@
 5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
     `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
                       on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
-                      (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
+                      (`redistier`, through `redisclient`; what it must still be told of are `debts`). `standings` tells
+                      what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
                       the `handles` of the principal's files.

@@ -153,9 +153,11 @@ async def _background(
     listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
         async with telemetry.watching(), overload.watching(), keys.watching(), listening, limits.watching():
-            yield
+            try:
+                yield
+            finally:  # before the limits end, which are told what the last runs used and held
+                await runs.close(_LAST_STOPS_SECONDS)
     finally:
-        await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
 

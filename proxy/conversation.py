@@ -36,9 +36,9 @@ class Turn:
     lease: Lease
 
     def end(self) -> None:
-        """Charge the rest, and give the place back."""
-        self.spending.settle()
+        """Give the place back, and charge the rest."""
         self.lease.release()
+        self.spending.settle()
 
 
 @dataclass(slots=True)

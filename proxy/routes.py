@@ -37,7 +37,7 @@ from proxy.relay import Relay, read_body
 from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
 from proxy.tokens import InternalIdentity
-from proxy.usage import reader_for
+from proxy.usage import Form, reader_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,8 @@ class Phases:
     def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
         record: Record = scope[RECORD]
         streams = permit.operation.scope == STREAM
-        spending = Spending(reader_for("stream" if streams else "answer"), lease, record)
+        form: Form = "ag-ui" if permit.operation.kind is Kind.AG_UI else "stream" if streams else "answer"
+        spending = Spending(reader_for(form), lease, record)
         stop = partial(self._stop, permit, thread_id, record.request_id)
         return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 

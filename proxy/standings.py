@@ -10,7 +10,7 @@ from typing import Final
 
 from proxy.errors import RateExceeded
 from proxy.model import Headers
-from proxy.policies import Plan, Quota, Strategy
+from proxy.policies import Plan, Quota, Strategy, Unit
 
 MICROSECONDS: Final = 1_000_000
 
@@ -112,7 +112,10 @@ def _left(window: int, now: int) -> float:
 
 
 def fields_of(plan: Plan, standings: Sequence[Standing], *, legacy_at: float | None = None) -> Headers:
-    """Write the RateLimit fields; with `legacy_at` (Unix seconds, now) the older ones too, of the tightest quota."""
+    """Write the RateLimit fields; with `legacy_at` (Unix seconds, now) the older ones too.
+
+    Those know requests only: they tell the tightest quota of these, and are not sent where there is none.
+    """
     if not plan.policy_field:
         return []
     told = []
@@ -121,9 +124,10 @@ def fields_of(plan: Plan, standings: Sequence[Standing], *, legacy_at: float | N
             seconds = f";t={standing.grows}" if standing.grows else ""
             told.append(f'"{quota.name}";r={standing.remaining}{seconds}')
     fields = [(b"ratelimit-policy", plan.policy_field), (b"ratelimit", ", ".join(told).encode())]
-    if legacy_at is not None:
-        pairs = [pair for pair in zip(plan.quotas, standings, strict=True) if not pair[0].shadow]
-        quota, standing = min(pairs, key=lambda pair: pair[1].remaining)
+    pairs = zip(plan.quotas, standings, strict=True) if legacy_at is not None else ()
+    requests = [pair for pair in pairs if pair[0].unit is Unit.REQUESTS and not pair[0].shadow]
+    if requests and legacy_at is not None:
+        quota, standing = min(requests, key=lambda pair: pair[1].remaining)
         legacy = {
             b"limit": quota.amount,
             b"remaining": standing.remaining,

@@ -68,6 +68,11 @@ class Tally:
             self._settle()
             self._passed += text
 
+    def add_context(self, text: int) -> None:
+        """Take in so many bytes of text that the model reads at its next call."""
+        self._settle()
+        self._passed += text
+
     def add_unread(self, message_id: bytes, text: int) -> None:
         """Take in what looks like messages of the assistant but could not be read."""
         self._put(message_id, self._estimate(text), -1)
@@ -133,10 +138,11 @@ def _text_bytes(message: dict[str, Any]) -> int:
         texts += [block.get(name) for block in content if isinstance(block, dict) for name in _TEXTS]
     else:
         texts.append(content)
-    return sum(_json_bytes(text) for text in texts if text is not None)
+    return sum(json_bytes(text) for text in texts if text is not None)
 
 
-def _json_bytes(text: object) -> int:
+def json_bytes(text: object) -> int:
+    """Count the bytes of a text as JSON writes it, which an outline may only tell of."""
     if not isinstance(text, str):
         return len(pydantic_core.to_json(text))
     told = told_bytes(text)

@@ -83,6 +83,7 @@ class Conversation:
     """The runs that were asked for and have not ended, the oldest first: the sidecar runs them one by one."""
     _draining: bool = False
     _active: float = 0.0
+    _goodbye: Close = field(default_factory=lambda: Close(GOING_AWAY, ""))
 
     async def until_closed(self, *, idle: float, total: float) -> Close:
         """Carry until one end closes; give the close that the client is to see. Raises a Problem."""
@@ -95,10 +96,11 @@ class Conversation:
             while True:
                 due = min(end, self._active + idle)
                 done, _ = await asyncio.wait((up, down), timeout=due - loop.time(), return_when=asyncio.FIRST_COMPLETED)
-                if up in done:
+                if up in done:  # which says why, also where the sidecar has closed as well
                     why = End.CLIENT_LEFT
+                    return up.result()
                 if done:
-                    return done.pop().result()
+                    return down.result()
                 if loop.time() >= end:
                     raise RunDeadline
                 if loop.time() >= self._active + idle:
@@ -121,13 +123,13 @@ class Conversation:
             await self._part()
 
     async def _up(self) -> Close:
-        """Carry what the client says. Raises ClientLeft when it closed, Draining when we are to end."""
+        """Carry what the client says. Raises ClientLeft when it is gone, Draining when we are to end."""
         while True:
             message = await self.receive()
             if message["type"] == "websocket.disconnect":
                 code, reason = message.get("code", GOING_AWAY), message.get("reason") or ""
                 close = Close(code if is_sendable(code) else GOING_AWAY, reason)
-                await self._close_upstream(close)
+                self._goodbye = close
                 if "reason" in message:  # it said goodbye
                     return close
                 raise ClientLeft
@@ -200,11 +202,8 @@ class Conversation:
 
     async def _part(self) -> None:
         """Say goodbye to the sidecar, if nobody has; it does not wait for an answer longer than a second."""
-        await self._close_upstream(Close(GOING_AWAY, ""))
-
-    async def _close_upstream(self, close: Close) -> None:
         with contextlib.suppress(ConnectionClosed, OSError):
-            await self.upstream.close(close.code, close.reason)
+            await self.upstream.close(self._goodbye.code, self._goodbye.reason)
 
 
 def _sum_of(one: Usage, other: Usage) -> Usage:

@@ -197,6 +197,7 @@ def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[]
         _duplex_rules(settings),
         identity=identity,
         limits=limits,
+        runs=relay.runs,
         run_rules=run_rules,
         flow_rules=settings.flow_rules(),
         thread_secret=secret,

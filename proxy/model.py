@@ -142,8 +142,25 @@ class Record:
     received_bytes: int = 0
     forwarded: bool = False
     """Whether the request was written for the sidecar; without it nothing ran."""
+    running: int = 0
+    """On a WebSocket: runs that have begun and not ended."""
+    run_ends: dict[End, int] | None = None
+    """On a WebSocket: how its runs ended, and how many so. `usage` and `turns` are then those of all of them."""
     trace: Trace | None = None
     """Set while the request is traced."""
+
+    def forward(self, method: str, template: str, thread_id: str = "") -> bytes | None:
+        """Note that the request is written for the sidecar; give its traceparent there, if it is traced.
+
+        The client's span begins, in OpenTelemetry's words; a run has a thread.
+        """
+        self.forwarded = True
+        if self.trace is None:
+            return None
+        told: dict[str, str | int] = {"http.request.method": method, "url.template": template}
+        if thread_id:
+            told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread_id}
+        return self.trace.forward(told)
 
 
 class Watcher(Protocol):

@@ -70,15 +70,15 @@ class Phases:
         raw = await self._read(scope, receive)
         body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body, thread_id=thread_id)
-        run = self._run(permit, thread_id, lease, scope)
+        run = self._run(permit, thread_id, lease, scope, request)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def ag_ui(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run in AG-UI's form, then relay its answer, which is server-sent events already."""
         raw = await self._read(scope, receive)
         body, thread_id = bind_ag_ui(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
-        request = self._upstream(permit, scope, body=body)
-        run = replace(self._run(permit, thread_id, lease, scope), wish=Wish.AS_IT_IS)
+        request = self._upstream(permit, scope, body=body, thread_id=thread_id)
+        run = replace(self._run(permit, thread_id, lease, scope, request), wish=Wish.AS_IT_IS)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
@@ -131,8 +131,6 @@ class Phases:
         thread_id: str = "",
     ) -> UpstreamRequest:
         record: Record = scope[RECORD]
-        record.forwarded = True
-        traced = record.trace.forward(_span_attributes(permit.operation, thread_id)) if record.trace else None
         return request_upstream(
             permit,
             parameters=parameters or {},
@@ -141,28 +139,16 @@ class Phases:
             body=body,
             identity=self.identity.token(permit.principal),
             request_id=record.request_id,
-            traceparent=traced,
+            traceparent=record.forward(permit.operation.method, permit.operation.upstream, thread_id),
         )
 
-    def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
+    def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope, request: UpstreamRequest) -> Run:
         record: Record = scope[RECORD]
         streams = permit.operation.scope == STREAM
         form: Form = "ag-ui" if permit.operation.kind is Kind.AG_UI else "stream" if streams else "answer"
         spending = Spending(reader_for(form), lease, record)
-        stop = partial(self._stop, permit, thread_id, record.request_id)
+        stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
         return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
-
-    def _stop(self, permit: Permit, thread_id: str, request_id: bytes) -> UpstreamRequest:
-        identity = self.identity.token(permit.principal)
-        return stop_upstream(permit, thread_id=thread_id, identity=identity, request_id=request_id)
-
-
-def _span_attributes(operation: Operation, thread_id: str) -> dict[str, str | int]:
-    """Name what a request to the sidecar is, in OpenTelemetry's words; a run has a thread."""
-    told: dict[str, str | int] = {"http.request.method": operation.method, "url.template": operation.upstream}
-    if thread_id:
-        told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread_id}
-    return told
 
 
 _RUNS: Final = frozenset({Kind.RUN, Kind.AG_UI})

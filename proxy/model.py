@@ -21,6 +21,27 @@ type Headers = list[tuple[bytes, bytes]]
 """Raw header fields: lower-case names, order and duplicates kept."""
 
 
+class Inbox:
+    """An ASGI `receive` whose server tells more than ASGI has words for (see `protocol`).
+
+    Whoever finds one needs no timer to read a body that is here, and no task to wait for its client's leaving.
+    """
+
+    __slots__ = ()
+
+    def __call__(self) -> Awaitable[Message]:
+        """Receive, as ASGI says."""
+        raise NotImplementedError
+
+    def take_body(self) -> bytes | None:
+        """Give the whole body if it has come; None: it must be received, or was."""
+        raise NotImplementedError
+
+    def on_leave(self, left: Callable[[], None] | None) -> None:
+        """Have `left` called, once, when the client leaves, or soon where it has left; None: nobody any more."""
+        raise NotImplementedError
+
+
 class CredentialKind(StrEnum):
     """How a caller proved who he is."""
 
@@ -158,8 +179,6 @@ class Watcher(Protocol):
 
 RECORD: Final = "agentflow_proxy.record"
 """The key of a request's Record in its ASGI scope."""
-
-
 REPROVE: Final = "agentflow_proxy.reprove"
 """The key, in a WebSocket's ASGI scope, of a coroutine function that proves its credential again."""
 DRAIN: Final = "agentflow_proxy.drain"

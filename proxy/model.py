@@ -6,7 +6,7 @@ Nothing here decides, acts or imports a library; every other room may import thi
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from proxy.ends import End
 
@@ -112,8 +112,7 @@ class StoredKey:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Model tokens that a run has used so far; `estimated` when any of them was told from bytes, not reported."""
 
     input_tokens: int

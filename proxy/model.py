@@ -192,8 +192,7 @@ class Lifecycle:
     draining: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamRequest:
+class UpstreamRequest(NamedTuple):
     """A request as the sidecar will see it. `target` is the path with its query, percent-encoded."""
 
     method: bytes

@@ -4,6 +4,7 @@ Speaks ASGI itself, so that each read from upstream is one send; never decodes o
 """
 
 import asyncio
+from collections.abc import Awaitable
 from types import TracebackType
 from typing import Final
 
@@ -125,7 +126,7 @@ class Relay:
         self.runs = runs
         """The runs that go on."""
 
-    async def relay(
+    def relay(
         self,
         request: UpstreamRequest,
         deadlines: Deadlines,
@@ -134,15 +135,19 @@ class Relay:
         send: Send,
         *,
         run: Run | None = None,
-    ) -> None:
+    ) -> Awaitable[None]:
         """Pass one answer on, each part as it arrives; a run's as `run` has it, any other byte for byte.
 
         Releases the lease when the exchange upstream is over, which for an invoke may be long after its client has
         left. Raises a Problem; an answer that has begun is then left visibly cut, or its end told in an event.
         """
         if run is not None:
-            await self._relay_run(request, deadlines, lease, receive, send, run)
-            return
+            return self._relay_run(request, deadlines, lease, receive, send, run)
+        return self._relay(request, deadlines, lease, receive, send)
+
+    async def _relay(
+        self, request: UpstreamRequest, deadlines: Deadlines, lease: Lease, receive: Receive, send: Send
+    ) -> None:
         try:
             with ClientPresent(receive, deadlines.total):
                 exchange = await self._upstream.start(request, deadlines)

@@ -6,6 +6,7 @@ Decides nothing about lines (`framing` does) and nothing about when to end.
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable
 from typing import Any, Final
 
 from proxy.ends import End
@@ -36,11 +37,13 @@ class Stream:
         self._begun = False
         self._overspent = False
 
-    async def deliver(self, exchange: Exchange) -> None:
+    def deliver(self, exchange: Exchange) -> Awaitable[None]:
         """Pass the answer on, whole. Raises a Problem; `conclude` may then still tell it."""
         if self._frames is None or not self._rules.heartbeat:
-            await self._deliver(exchange)
-            return
+            return self._deliver(exchange)
+        return self._deliver_beating(exchange)
+
+    async def _deliver_beating(self, exchange: Exchange) -> None:
         beat = _Heart(exchange, self._rules.heartbeat)
         try:
             await self._deliver(exchange)

@@ -6,7 +6,7 @@ Nothing here decides, acts or imports a library; every other room may import thi
 from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from proxy.ends import End
 
@@ -19,6 +19,27 @@ type App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 type Headers = list[tuple[bytes, bytes]]
 """Raw header fields: lower-case names, order and duplicates kept."""
+
+
+class Inbox:
+    """An ASGI `receive` whose server tells more than ASGI has words for (see `protocol`).
+
+    Whoever finds one needs no timer to read a body that is here, and no task to wait for its client's leaving.
+    """
+
+    __slots__ = ()
+
+    def __call__(self) -> Awaitable[Message]:
+        """Receive, as ASGI says."""
+        raise NotImplementedError
+
+    def take_body(self) -> bytes | None:
+        """Give the whole body if it has come; None: it must be received, or was."""
+        raise NotImplementedError
+
+    def on_leave(self, left: Callable[[], None] | None) -> None:
+        """Have `left` called, once, when the client leaves, or soon where it has left; None: nobody any more."""
+        raise NotImplementedError
 
 
 class CredentialKind(StrEnum):
@@ -91,8 +112,7 @@ class StoredKey:
         return ""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Model tokens that a run has used so far; `estimated` when any of them was told from bytes, not reported."""
 
     input_tokens: int
@@ -175,8 +195,6 @@ class Watcher(Protocol):
 
 RECORD: Final = "agentflow_proxy.record"
 """The key of a request's Record in its ASGI scope."""
-
-
 REPROVE: Final = "agentflow_proxy.reprove"
 """The key, in a WebSocket's ASGI scope, of a coroutine function that proves its credential again."""
 DRAIN: Final = "agentflow_proxy.drain"
@@ -191,8 +209,7 @@ class Lifecycle:
     draining: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamRequest:
+class UpstreamRequest(NamedTuple):
     """A request as the sidecar will see it. `target` is the path with its query, percent-encoded."""
 
     method: bytes

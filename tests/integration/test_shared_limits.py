@@ -224,7 +224,7 @@ async def test_a_dead_proxy_frees_its_leases(house: House) -> None:
 
 
 async def test_a_proxy_that_ends_takes_its_leases_along(house: House) -> None:
-    """SIGTERM while an invoke goes on that its client has left: Redis is told before the end, and nothing must expire."""
+    """SIGTERM while an invoke goes on that its client has left: Redis is told before the end, nothing need expire."""
     longer = {"PROXY_FIRST_BYTE_TIMEOUT_SECONDS": "60", "PROXY_LEASE_SECONDS": "30", "PROXY_GRACE_SECONDS": "0"}
     async with house.proxies(1, **longer) as ((proxy,), counting):
         token = house.principals.token("leaving", tier="dying")

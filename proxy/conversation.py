@@ -18,25 +18,33 @@ from proxy.errors import BudgetSpentMidway, ClientLeft, ClientProblem
 from proxy.frames import ends_a_run, error_frame, is_error
 from proxy.framing import ErrorLines
 from proxy.model import DRAIN, Lease, Receive, Send
-from proxy.outages import Draining, RunDeadline, UpstreamCut, UpstreamMalformed
+from proxy.outages import Draining, ReducedCapacity, RunDeadline, UpstreamCut, UpstreamMalformed
+from proxy.overload import Overload
 from proxy.runs import Spending
 
 GOING_AWAY: Final = 1001
 IDLE: Final = "idle"
 """The reason of a close for silence."""
 _NORMAL: Final = 1000
+MOST_TURNS: Final = 16
+"""Runs that one conversation may have asked for: the sidecar runs one after the other, and the rest waits."""
 _REFUSALS_THAT_END: Final = frozenset({401, 403})
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One run of a conversation: what it spends, and the place it holds."""
+    """One run of a conversation, open from its making to its end: what it spends, and the slot it holds."""
 
     spending: Spending
     lease: Lease
+    overload: Overload
+
+    def __post_init__(self) -> None:
+        self.overload.open_runs += 1
 
     def end(self) -> None:
-        """Charge the rest, and give the place back."""
+        """Charge the rest, and give the slot back. To be asked once."""
+        self.overload.open_runs -= 1
         self.spending.settle()
         self.lease.release()
 
@@ -54,6 +62,8 @@ class Conversation:
     request_id: str
     _turns: deque["Turn"] = field(default_factory=deque)
     """The runs that were asked for and have not ended, the oldest first: the sidecar runs them one by one."""
+    _goodbye: Close = field(default_factory=lambda: Close(GOING_AWAY, ""))
+    """What the sidecar is told at the end: the client's own close, where there was one."""
     _draining: bool = False
     _active: float = 0.0
 
@@ -87,10 +97,9 @@ class Conversation:
             message = await self.receive()
             if message["type"] == "websocket.disconnect":
                 code, reason = message.get("code", GOING_AWAY), message.get("reason") or ""
-                close = Close(code if is_sendable(code) else GOING_AWAY, reason)
-                await self._close_upstream(close)
-                if "reason" in message:  # it said goodbye
-                    return close
+                self._goodbye = Close(code if is_sendable(code) else GOING_AWAY, reason)
+                if "reason" in message:  # it said so
+                    return self._goodbye
                 raise ClientLeft
             if message["type"] == DRAIN:
                 self._draining = True
@@ -103,10 +112,9 @@ class Conversation:
         text = message.get("text")
         self._active = asyncio.get_running_loop().time()
         try:
-            if self._draining:
-                raise Draining
+            self._require_room()
             bound, turn = await self.admit(text.encode() if text is not None else message["bytes"])
-        except ClientProblem as problem:
+        except (ClientProblem, ReducedCapacity) as problem:
             if problem.status in _REFUSALS_THAT_END:
                 raise
             await self.send({"type": "websocket.send", "text": error_frame(problem, request_id=self.request_id)})
@@ -114,6 +122,12 @@ class Conversation:
         self._turns.append(turn)
         with contextlib.suppress(ConnectionClosed):  # the other task tells of it
             await self.upstream.send(bound.decode() if text is not None else bound)
+
+    def _require_room(self) -> None:
+        if self._draining:
+            raise Draining
+        if len(self._turns) >= MOST_TURNS:
+            raise ReducedCapacity(f"At most {MOST_TURNS} runs may wait for one another.", reason="runs waiting")
 
     async def _down(self) -> Close:
         """Carry what the sidecar says; give its close. Raises Draining after a run when we are to end."""
@@ -160,12 +174,9 @@ class Conversation:
         return Close(code if is_sendable(code) else _NORMAL, error.rcvd.reason)
 
     async def _part(self) -> None:
-        """Say goodbye to the sidecar, if nobody has; it does not wait for an answer longer than a second."""
-        await self._close_upstream(Close(GOING_AWAY, ""))
-
-    async def _close_upstream(self, close: Close) -> None:
+        """Say goodbye to the sidecar, if it has not; this does not wait for an answer longer than a second."""
         with contextlib.suppress(ConnectionClosed, OSError):
-            await self.upstream.close(close.code, close.reason)
+            await self.upstream.close(self._goodbye.code, self._goodbye.reason)
 
 
 def is_sendable(code: int) -> bool:

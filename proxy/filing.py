@@ -41,7 +41,8 @@ class Filing:
 
     async def upload(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  it is released with the request
         """Pass an upload on; its answer tells the caller the file's handle."""
-        answer = await self.uploads.pass_on(self._upstream(permit, scope), scope["headers"], receive)
+        request, caller = self._upstream(permit, scope), permit.principal.partition
+        answer = await self.uploads.pass_on(request, scope["headers"], receive, caller=caller)
         body = answer.take()
         if answer.status == _OK:
             body = sealed_answer(body, Handles(tag, self.secret))

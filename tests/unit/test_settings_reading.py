@@ -85,6 +85,8 @@ BAD: dict[str, list[str]] = {
     "allow_client_tools": ["sometimes"],
     "max_upload_bytes": ["1023", str((1 << 32) + 1), "1MB"],
     "upload_timeout_seconds": SECONDS,
+    "uploads_per_caller": ["0", "65537", "x"],
+    "websockets_per_caller": ["0", "65537", "x"],
     "uploads_at_once": ["0", "65537", "x"],
     "websocket_idle_seconds": SECONDS,
     "websocket_total_seconds": SECONDS,

@@ -16,7 +16,7 @@ help: ## Show what can be made.
 dev: $(STAMP) ## Run the proxy and a real agent; print how to call them. PORT= and AGENT_PORT= choose ports.
 	@exec $(BIN)/agentflow-proxy dev
 
-test: $(STAMP) ## Run every test.
+test: $(STAMP) .images/.installed .successor/.installed ## Run every test.
 	$(BIN)/pytest
 
 check: $(STAMP) ## Lint, types, import contracts, dependencies.
@@ -49,9 +49,12 @@ lock: | $(UV) ## Pin every requirement anew, with hashes.
 	$(COMPILE) --group agent -o requirements/agent.txt
 	$(COMPILE) pyproject.toml --group dev -o requirements/dev.txt
 	$(COMPILE) --group bench -o requirements/bench.txt
+	$(COMPILE) --group build -o requirements/build.txt
+	$(COMPILE) --group uv -o requirements/uv.txt
+	$(COMPILE) --group successor -o requirements/successor.txt
 
 clean: ## Remove everything that was made here, secrets of `make dev` included.
-	rm -rf $(VENV) .bench .uv .dev .agentflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info
+	rm -rf $(VENV) .bench .images .successor .uv .dev .agentflow .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage* build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .bench/.installed: requirements/bench.txt .python-version | $(UV)
@@ -59,12 +62,28 @@ clean: ## Remove everything that was made here, secrets of `make dev` included.
 	$(UV) pip sync --quiet --python $(BENCH) --require-hashes requirements/bench.txt
 	@touch $@
 
-.uv/bin/uv:
-	python3 -m venv .uv
-	.uv/bin/pip install --quiet uv
+.successor/.installed: requirements/successor.txt .python-version | $(UV)
+	$(UV) venv --quiet --clear .successor
+	$(UV) pip sync --quiet --python .successor/bin/python --require-hashes requirements/successor.txt
+	@touch $@
+
+# What the images hold, for the tests that run their very commands.
+.images/.installed: requirements/proxy.txt requirements/agent.txt .python-version $(STAMP) $(wildcard proxy/*.py proxy/*/* proxy/*/*/* agent_service/*)
+	rm -rf .images && mkdir .images
+	$(UV) build --quiet --wheel --no-build-isolation --python $(BIN)/python --out-dir .images
+	for image in proxy agent; do \
+		$(UV) venv --quiet .images/$$image && \
+		$(UV) pip sync --quiet --python .images/$$image/bin/python --require-hashes requirements/$$image.txt && \
+		$(UV) pip install --quiet --python .images/$$image/bin/python --no-deps --no-index .images/*.whl || exit 1; \
+	done
+	@touch $@
+
+.uv/bin/uv: requirements/uv.txt
+	python3 -m venv --clear .uv
+	.uv/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/uv.txt
 
 $(STAMP): requirements/dev.txt pyproject.toml .python-version | $(UV)
 	$(UV) venv --quiet --clear $(VENV)
 	$(UV) pip sync --quiet --python $(BIN)/python --require-hashes requirements/dev.txt
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@

@@ -2,13 +2,17 @@
 FROM python:3.13-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
+# Docker's official Python is built with profiles (PGO); one that is not takes a fifth more for each request.
+RUN ["python", "-c", "import sysconfig; assert '--enable-optimizations' in sysconfig.get_config_var('CONFIG_ARGS')"]
 RUN ["python", "-m", "venv", "--without-pip", "/opt/venv"]
-COPY requirements/agent.txt requirements/
+COPY requirements/agent.txt requirements/build.txt requirements/
 # --only-binary: nothing that is downloaded gets to run its own set-up code.
 RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--require-hashes", "--only-binary", ":all:", "-r", "requirements/agent.txt"]
+RUN ["pip", "install", "--require-hashes", "--only-binary", ":all:", "-r", "requirements/build.txt"]
 COPY pyproject.toml README.md LICENSE ./
 COPY agent_service agent_service
-RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--no-deps", "--compile", "."]
+RUN ["pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "/wheels", "."]
+RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--no-deps", "--no-index", "--find-links", "/wheels", "--compile", "agentflow-proxy"]
 
 FROM python:3.13-slim
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HOME=/tmp
@@ -24,4 +28,5 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8001/ping', timeout=3)"]
 ENTRYPOINT ["agent-entrypoint"]
-CMD ["agentflow", "api", "--no-reload", "--host", "0.0.0.0", "--port", "8001", "--config", "/etc/agentflow/agentflow.json"]
+# `agentflow api` says of itself that it is for development, and resets requests when it is asked to stop.
+CMD ["python", "-m", "agent_service.serve", "--host", "0.0.0.0", "--port", "8001", "--config", "/etc/agentflow/agentflow.json"]

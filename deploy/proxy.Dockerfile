@@ -2,13 +2,17 @@
 FROM python:3.13-slim AS build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
+# Docker's official Python is built with profiles (PGO); one that is not takes a fifth more for each request.
+RUN ["python", "-c", "import sysconfig; assert '--enable-optimizations' in sysconfig.get_config_var('CONFIG_ARGS')"]
 RUN ["python", "-m", "venv", "--without-pip", "/opt/venv"]
-COPY requirements/proxy.txt requirements/
+COPY requirements/proxy.txt requirements/build.txt requirements/
 # --only-binary: nothing that is downloaded gets to run its own set-up code.
 RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--require-hashes", "--only-binary", ":all:", "-r", "requirements/proxy.txt"]
+RUN ["pip", "install", "--require-hashes", "--only-binary", ":all:", "-r", "requirements/build.txt"]
 COPY pyproject.toml README.md LICENSE ./
 COPY proxy proxy
-RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--no-deps", "--compile", "."]
+RUN ["pip", "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", "/wheels", "."]
+RUN ["pip", "--python", "/opt/venv/bin/python", "install", "--no-deps", "--no-index", "--find-links", "/wheels", "--compile", "agentflow-proxy"]
 
 FROM python:3.13-slim
 ENV PATH=/opt/venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 HOME=/tmp

@@ -28,9 +28,10 @@ class Limits:
     """Every policy of this deployment. `partition_of` hashes names; `clock` gives Unix seconds.
 
     `shared` counts for all replicas; while it is down, `without` says what is done by each of the `replicas`.
+    Where nobody counts for all, each of several `workers` admits its share.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  it is what the settings say of limits
         self,
         policies: Policies,
         *,
@@ -39,6 +40,7 @@ class Limits:
         shared: SharedTier | None = None,
         without: Without = "local",
         replicas: int = 1,
+        workers: int = 1,
         legacy_headers: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -46,7 +48,8 @@ class Limits:
         self._local = local
         self._shared = shared
         self._without = without
-        self._replicas = replicas
+        self._replicas = replicas * workers
+        self._workers = workers
         self._legacy = legacy_headers
         self._clock = clock
         self._nonce = secrets.token_hex(8)
@@ -57,7 +60,7 @@ class Limits:
 
     def replace(self, policies: Policies) -> None:
         """Go on with other policies; what was counted under a name that stays still counts."""
-        self._policies = policies
+        self._policies = policies if self._shared is not None else policies.shared_by(self._workers)
         self._shares = policies.shared_by(self._replicas)
         if self._shared is not None:
             self._shared.lay_out(policies)
@@ -168,6 +171,7 @@ def limits_of(
         shared=shared_tier(settings, local),
         without=settings.limits_without_redis,
         replicas=settings.replicas,
+        workers=settings.workers,
         legacy_headers=settings.legacy_rate_headers,
         clock=clock,
     )

@@ -10,10 +10,12 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, override
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
+from fastapi.responses import HTMLResponse
+from starlette.routing import Route
 
-from proxy import openapi
+from proxy import docspage, openapi
 from proxy.accesslog import AccessLog
 from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
@@ -86,10 +88,9 @@ def create_app(
     shown = settings.docs
     app = Proxy(
         title="agentflow-proxy",
-        docs_url="/docs" if shown else None,
+        docs_url=None,  # FastAPI's page loads its scripts from somebody else's host
         openapi_url="/openapi.json" if shown else None,
         redoc_url=None,
-        swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
     )
     overload = Overload(settings.thresholds())
@@ -100,12 +101,14 @@ def create_app(
     operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
     app.router.routes += [*health_routes(Live(), ready), *operations]
+    if shown:
+        app.router.routes.append(Route("/docs", _show_page, include_in_schema=False))
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
         inner,
         authenticator=Authenticator(tokens=_verifier(settings, clock), keys=keys, clock=clock),
-        failures=RateLimit(settings.auth_failure_limit, "failures"),
+        failures=RateLimit(settings.failure_limit(), "failures"),
         lifecycle=lifecycle,
         audit=Audit(),
     )
@@ -123,6 +126,10 @@ def create_app(
     app.state.background = lambda: _background(settings, keys, store, limits, overload, runs, telemetry)
     app.state.limits, app.state.keys = limits, keys
     return app
+
+
+async def _show_page(_: Request) -> HTMLResponse:
+    return HTMLResponse(docspage.page(openapi.describe()), headers={"Content-Security-Policy": docspage.POLICY})
 
 
 def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: object) -> Iterable[Reading]:

@@ -9,26 +9,32 @@ import json
 import os
 import re
 import secrets
+import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
 from proxy import dev, keycommands, limitcommands
+from proxy.board import Board
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.environment import SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text, parse_keys
 from proxy.livecheck import Finding, examine
-from proxy.logs import configure_logging
+from proxy.logs import configure_logging, log_plainly
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.policies import Per, Quota, Unit
 from proxy.server import build, listen, require_schema
 from proxy.settings import Settings
+from proxy.telemetry import Share, listen_for_metrics
 from proxy.tokens import issue_token
+from proxy.workers import Supervisor
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 _SCOPES_HELP = f"separated by commas (all but {IMPERSONATE})"
+MOST_WORKERS = 64
+_LAST_LINES_SECONDS = 1.0
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -48,16 +54,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def serve(_: argparse.Namespace) -> int:
+def serve(options: argparse.Namespace) -> int:
     """Serve from the environment alone, until SIGTERM."""
     settings = load(os.environ)
-    configure_logging(settings.log_level, sys.stdout, settings.log_format)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
         return _refuse([f"PROXY_HOST, PROXY_PORT: {settings.host}:{settings.port} cannot be used: {error.strerror}"])
-    server = build(settings, environment=os.environ)
+    settings = settings.model_copy(update={"workers": options.workers or settings.workers})
+    if settings.workers > 1:
+        log_plainly(settings.log_level, sys.stdout)
+        return _supervise(settings, listener)
+    return _serve(settings, listener)
+
+
+def _supervise(settings: Settings, listener: socket.socket) -> int:
+    """Serve with several workers, whose metrics are one."""
+    try:
+        counted = listen_for_metrics(settings) if settings.metrics_port is not None else None
+    except OSError as error:
+        return _refuse([f"PROXY_METRICS_HOST, PROXY_METRICS_PORT: cannot be used: {error.strerror}"])
+    board = Board.create(settings.workers) if counted is not None else None
+
+    def work(place: int, listener: socket.socket, started: Callable[[], None]) -> int:
+        share = Share(board, place, counted) if board is not None and counted is not None else None
+        return _serve(settings, listener, started, share)
+
+    return Supervisor(settings.workers, listener, work).run()
+
+
+def _serve(
+    settings: Settings,
+    listener: socket.socket,
+    started: Callable[[], None] | None = None,
+    share: Share | None = None,
+) -> int:
+    handler = configure_logging(settings.log_level, sys.stdout, settings.log_format)  # here: no thread survives a fork
+    try:
+        server = build(settings, started=started, environment=os.environ, share=share)
+    except SettingsError as error:
+        return _refuse(error.problems)
     server.run(sockets=[listener])
+    handler.writer.flush(_LAST_LINES_SECONDS)
     return 0
 
 
@@ -164,11 +202,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agentflow-proxy", description="The secure front door of an AgentFlow agent.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
-        ("serve", serve, "serve, configured by PROXY_… variables"),
         ("dev", lambda _: dev.run(os.environ), "run a local agent and the proxy before it"),
         ("operations", operations, "print what callers can reach"),
     ):
         commands.add_parser(name, help=text, description=text).set_defaults(command=command)
+    text = "serve, configured by PROXY_… variables"
+    served = commands.add_parser("serve", help=text, description=text)
+    served.add_argument("--workers", type=_count, metavar="N", help="processes behind the one port (PROXY_WORKERS)")
+    served.set_defaults(command=serve)
     checked = commands.add_parser("check", help="print the settings and every problem in them")
     checked.add_argument("--live", action="store_true", help="ask every dependency too")
     checked.add_argument("--json", action="store_true", help="for scripts")
@@ -196,6 +237,12 @@ def _scopes(text: str) -> frozenset[str]:
     if unknown := sorted(scopes - SCOPES):
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(SCOPES))}")
     return scopes
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_WORKERS:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_WORKERS}")
+    return int(text)
 
 
 def _seconds(text: str) -> int:

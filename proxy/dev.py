@@ -16,7 +16,7 @@ import time
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import BinaryIO, Final, NoReturn
 
 import httpx
 
@@ -54,9 +54,9 @@ def run(environment: Mapping[str, str]) -> int:
     """Run both until Ctrl-C or SIGTERM; give the exit status."""
     try:
         port, agent_port = _port(environment, "PORT", 8000), _port(environment, "AGENT_PORT", 8001)
-    except ValueError as error:
+        _make_private(DIRECTORY)
+    except (OSError, ValueError) as error:
         return _refuse(str(error))
-    _make_private(DIRECTORY)
     kept = _keep_secrets(DIRECTORY / "secrets.json")
     try:
         listener = listen(HOST, port)
@@ -182,7 +182,7 @@ def _agent(environment: Mapping[str, str], kept: DevSecrets, port: int) -> Gener
         "--port",
         str(port),
     ]
-    with (DIRECTORY / "agent.log").open("wb") as log:
+    with _open_private(DIRECTORY / "agent.log") as log:
         process = subprocess.Popen(  # noqa: S603  our own command
             [*command, "--config", AGENT_CONFIG],
             env=inherited | own,
@@ -232,14 +232,36 @@ def _keep_secrets(path: Path) -> DevSecrets:
 
 
 def _make_private(directory: Path) -> None:
-    directory.mkdir(mode=0o700, exist_ok=True)
+    """Make the directory ours alone, or find that it is. Raises OSError for a link, or for somebody else's.
+
+    What is in it that leads elsewhere is taken out: it would be written to in our name.
+    """
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise OSError(f"{directory} cannot be used ({error.strerror}); take it away, or run: make clean") from error
+    try:
+        if os.fstat(descriptor).st_uid != os.getuid():
+            raise PermissionError(f"{directory} cannot be used: it is somebody else's")
+        os.fchmod(descriptor, 0o700)
+    finally:
+        os.close(descriptor)
+    for path in directory.iterdir():
+        if path.is_symlink():
+            path.unlink()
 
 
 def _write_private(path: Path, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with _open_private(path) as file:
+        file.write(text.encode())
+
+
+def _open_private(path: Path) -> BinaryIO:
+    """Open an empty file that only we can read. Raises OSError for a link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     os.fchmod(descriptor, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
+    return os.fdopen(descriptor, "wb")
 
 
 def _port(environment: Mapping[str, str], name: str, default: int) -> int:

@@ -220,6 +220,9 @@ class LimitSettings(BaseModel):
     replicas: Annotated[
         int, Field(ge=1, le=1000, description="how many proxies share Redis; without it each enforces its share")
     ] = 1
+    workers: Annotated[
+        int, Field(ge=1, le=64, description="processes behind the one port; without Redis each enforces its share")
+    ] = 1
     lease_seconds: Annotated[
         float, Field(ge=1, le=30, description="the slots of a proxy that died are free after this")
     ] = 25
@@ -228,6 +231,13 @@ class LimitSettings(BaseModel):
     @classmethod
     def _are_policies(cls, value: object) -> object:
         return parse_policies(value) if isinstance(value, str) else value
+
+    def failure_limit(self) -> str:
+        """Give one worker's share of PROXY_AUTH_FAILURE_LIMIT, which each counts by itself."""
+        if self.workers == 1 or self.auth_failure_limit == "off":
+            return self.auth_failure_limit
+        rates = read_rates(self.auth_failure_limit)
+        return ";".join(f"{max(1, amount // self.workers)}/{window} second" for amount, window in rates)
 
     def policies(self) -> Policies:
         """Give every policy: those of the text, or those that the simple settings mean."""

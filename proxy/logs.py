@@ -201,6 +201,14 @@ def configure_logging(level: str, stream: TextIO, style: Literal["json", "text",
     return handler
 
 
+def log_plainly(level: str, stream: TextIO) -> None:
+    """Send every logger's lines to `stream`, without a thread: for a process that forks, and has little to say."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    logging.getLogger().handlers = [handler]
+    set_level(level)
+
+
 def set_level(level: str) -> None:
     """Log from `level` up from now on."""
     root = logging.getLogger()

@@ -89,7 +89,7 @@ class SharedTier:
             answer = await self._ask(names, "take", lease, plan.spec)
         except RedisDown as problem:
             self._doubt(plan, keys, lease)
-            self._note_failure(problem.reason)
+            self._note_failure(problem.reason, at_once=problem.answered)
             raise
         except asyncio.CancelledError:
             self._doubt(plan, keys, lease)
@@ -194,7 +194,7 @@ class SharedTier:
             await self._free()
             await self._pay()
         except RedisDown as problem:
-            self._note_failure(problem.reason, at_once=True)
+            self._note_failure(problem.reason, at_once=try_first or problem.answered)
             return
         if self._down_since is not None:
             seconds = round(self._ticks() - self._down_since, 3)

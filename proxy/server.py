@@ -8,8 +8,8 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from functools import partial
 from io import TextIOWrapper
 from logging.handlers import WatchedFileHandler
@@ -36,6 +36,8 @@ _LINGER_TICKS: Final = 300
 """A client may take the rest of an ended answer for 30 to 60 s; uvicorn ticks ten times a second."""
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
+SETTLE_SECONDS: Final = 0.25, 2.0
+"""For requests that were on their way when the port closed to arrive: at least, and at most for one that does not."""
 
 
 MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
@@ -97,6 +99,8 @@ class Server(uvicorn.Server):
         self._drain_delay = drain_delay
         self._lifecycle = lifecycle
         self._started = started
+        self._listeners: Sequence[socket.socket] = ()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @contextmanager
     @override
@@ -119,17 +123,54 @@ class Server(uvicorn.Server):
             await super().serve(sockets)
 
     def drain(self) -> None:
-        """Turn unready; after the delay, take no new work and stop when what runs is done.
+        """Turn unready; after the delay, take no new connection; then stop when what runs is done.
 
-        Asked again, stop at once.
+        Until the port is closed everything is served, each answer with `Connection: close`: whoever keeps
+        connections to us learns to go elsewhere, and meets none that is just being closed. Asked again, stop at once.
         """
         self.force_exit = not self._lifecycle.ready
         self._lifecycle.ready = False
-        delay = 0 if self.force_exit else self._drain_delay
-        asyncio.get_running_loop().call_later(delay, self._close)
+        loop = asyncio.get_running_loop()
+        if self.force_exit:
+            self._stop()
+        else:
+            self.config.encoded_headers.append((b"connection", b"close"))
+            self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
+            loop.call_later(self._drain_delay, self._close)
         log.info("server.draining", extra={"fields": {"at_once": self.force_exit}})
 
     def _close(self) -> None:
+        """Close the port, once everybody who has already connected is let in: the system would reset them."""
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            listener.setblocking(False)
+            with suppress(OSError):  # nobody waits, or it is closed already
+                while True:
+                    connection, _ = listener.accept()
+                    self._tasks.add(loop.create_task(self._serve_accepted(connection)))
+        for server in self.servers:
+            server.close()
+        least, most = SETTLE_SECONDS
+        loop.call_later(least, self._settle, loop.time() + most)
+
+    def _settle(self, until: float) -> None:
+        """Stop as soon as every connection has had its first request, or at loop time `until`."""
+        loop = asyncio.get_running_loop()
+        expecting = (getattr(connection, "cycle", connection) is None for connection in self.server_state.connections)
+        if any(expecting) and loop.time() < until:
+            loop.call_later(0.02, self._settle, until)
+        else:
+            self._stop()
+
+    async def _serve_accepted(self, connection: socket.socket) -> None:
+        def protocol() -> asyncio.Protocol:
+            kind = self.config.http_protocol_class
+            return kind(config=self.config, server_state=self.server_state, app_state={})  # type: ignore[call-arg]
+
+        connection.setblocking(False)
+        await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
+
+    def _stop(self) -> None:
         self._lifecycle.draining = True
         self.should_exit = True
 
@@ -150,6 +191,7 @@ class Server(uvicorn.Server):
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        self._listeners = sockets or ()
         if self._started is not None and not self.should_exit:
             self._started()
         listening = [listener.getsockname()[:2] for server in self.servers for listener in server.sockets]

@@ -13,45 +13,36 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
-import yaml
 
 from agent_service.settings import read_settings
 from proxy.authentication import PUBLIC
 from proxy.environment import load
 from proxy.operations import OPERATIONS
+from tests.support.compose import BASE, DEPLOY, PROVIDER, REFERENCE, SCALE, environment, interpolated, merged, read
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
+FILES = [BASE, PROVIDER, SCALE]
 SERVICES = ["nginx", "proxy", "agent"]
-REFERENCE = re.compile(r"\$\{(?P<name>\w+)(?::[-?](?P<default>[^}]*))?\}")
+SETUPS = ["agent-setup", "proxy-setup"]
+SCALED = [*SERVICES, "balancer", *SETUPS, "postgres", "redis"]
 EXAMPLE = re.compile(r"^# (?P<name>[A-Z][A-Z0-9_]*)=(?P<default>.*)$", re.MULTILINE)
-
-
-def read(name: str) -> dict[str, Any]:
-    """Read a compose file as it is written, nothing interpolated."""
-    value: dict[str, Any] = yaml.safe_load((DEPLOY / name).read_text())
-    return value
 
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
     """Give the deployment."""
-    return read("docker-compose.yml")
+    return read(BASE)
+
+
+@pytest.fixture(scope="module")
+def scaled() -> dict[str, Any]:
+    """Give the deployment with several agents and proxies."""
+    return merged(BASE, SCALE)
 
 
 @pytest.fixture(scope="module")
 def provider() -> dict[str, Any]:
     """Give what is laid over it for a real provider."""
-    return read("docker-compose.provider.yml")
-
-
-def interpolated(text: str) -> str:
-    """Give the text with every variable at its default."""
-    return REFERENCE.sub(lambda match: match["default"] or "", text)
-
-
-def environment(service: dict[str, Any]) -> dict[str, str]:
-    """Give a service's variables, at their defaults."""
-    return {name: interpolated(value) for name, value in service["environment"].items()}
+    return read(PROVIDER)
 
 
 def with_secrets(variables: dict[str, str], directory: Path, **contents: str) -> dict[str, str]:
@@ -61,7 +52,7 @@ def with_secrets(variables: dict[str, str], directory: Path, **contents: str) ->
     return {name: value.replace("/run/secrets", str(directory)) for name, value in variables.items()}
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.provider.yml"])
+@pytest.mark.parametrize("name", FILES)
 def test_specification_accepts_the_file(name: str) -> None:
     """The file is what the Compose Specification's own JSON schema allows."""
     vendored = files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
@@ -92,17 +83,17 @@ def test_agent_meets_nobody_but_the_proxy(compose: dict[str, Any], provider: dic
     assert provider["services"]["agent"].keys() == {"networks", "environment", "secrets"}
 
 
-@pytest.mark.parametrize("name", SERVICES)
-def test_service_has_no_more_rights_than_it_needs(compose: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", SCALED)
+def test_service_has_no_more_rights_than_it_needs(scaled: dict[str, Any], name: str) -> None:
     """A service that is taken over finds no root, no capability, no file to change and no end to its means."""
-    service = compose["services"][name]
+    service = scaled["services"][name]
 
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory", "pids"}
-    assert [mount.partition(":")[0] for mount in service["tmpfs"]] == ["/tmp"]  # noqa: S108  the container's
+    assert "/tmp" in [mount.partition(":")[0] for mount in service["tmpfs"]]  # noqa: S108  the container's
     assert {mount["type"] for mount in service.get("volumes", []) if not mount.get("read_only")} <= {"volume"}
     forbidden = {"cap_add", "privileged", "network_mode", "pid", "ipc", "userns_mode", "devices", "env_file"}
     assert not forbidden & service.keys()
@@ -118,6 +109,49 @@ def test_service_comes_back_and_can_take_its_leave(compose: dict[str, Any], name
     assert {"test", "interval", "timeout", "retries", "start_period"} <= service["healthcheck"].keys()
     assert {need["condition"] for need in service.get("depends_on", {}).values()} <= {"service_healthy"}
     assert list(service.get("depends_on", {})) == {"nginx": ["proxy"], "proxy": ["agent"], "agent": []}[name]
+
+
+def test_scaling_publishes_nothing_more(scaled: dict[str, Any]) -> None:
+    """Still one port of one service is open; threads, keys and counts are on a network that leads nowhere."""
+    services = scaled["services"]
+    members = {
+        network: sorted(name for name, service in services.items() if network in service["networks"])
+        for network in scaled["networks"]
+    }
+
+    assert sorted(services) == sorted(SCALED)
+    assert [name for name, service in services.items() if "ports" in service] == ["nginx"]
+    assert members == {
+        "edge": ["nginx", "proxy"],
+        "agents": ["agent", "balancer", "proxy"],
+        "data": ["agent", "agent-setup", "postgres", "proxy", "proxy-setup", "redis"],
+    }
+    assert [name for name, network in scaled["networks"].items() if not network.get("internal")] == ["edge"]
+
+
+def test_setups_are_done_before_whoever_needs_them(scaled: dict[str, Any]) -> None:
+    """Each set-up command runs once, to its end, after the database and before the first of its tier."""
+    services = scaled["services"]
+
+    assert [services[name]["command"] for name in SETUPS] == [
+        ["python", "-m", "agent_service.checkpoints"],
+        ["agentflow-proxy", "migrate"],
+    ]
+    for name, tier in zip(SETUPS, ("agent", "proxy"), strict=True):
+        assert services[tier]["depends_on"][name] == {"condition": "service_completed_successfully"}
+        assert services[name]["depends_on"]["postgres"] == {"condition": "service_healthy"}
+        assert (services[name]["image"], services[name]["user"]) == (services[tier]["image"], services[tier]["user"])
+        assert set(services[name]["secrets"]) < set(services[tier]["secrets"])
+        assert services[name]["restart"].startswith("on-failure")
+
+
+def test_several_of_a_tier_can_run(scaled: dict[str, Any]) -> None:
+    """`--scale` works for agents and proxies: no name, port or file of theirs can be had only once."""
+    for name in ("agent", "proxy"):
+        service = scaled["services"][name]
+        assert not {"container_name", "ports", "hostname"} & service.keys()
+    assert environment(scaled["services"]["proxy"])["PROXY_AGENT_URL"] == "http://balancer:8001"
+    assert environment(scaled["services"]["agent"])["ALLOWED_HOST"].split(",") == ["agent", "balancer", "127.0.0.1"]
 
 
 def test_health_checks_ask_what_is_served(compose: dict[str, Any]) -> None:
@@ -189,7 +223,7 @@ def test_proxy_and_agent_agree_on_the_internal_token(compose: dict[str, Any]) ->
     assert proxy["PROXY_AGENT_SECRET_FILE"] == agent["JWT_SECRET_KEY_FILE"]
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.provider.yml"])
+@pytest.mark.parametrize("name", FILES)
 def test_secrets_are_files_that_git_ignores(name: str) -> None:
     """No secret is a variable; each is a file the README tells how to make, mounted where it is named."""
     file = read(name)
@@ -203,7 +237,7 @@ def test_secrets_are_files_that_git_ignores(name: str) -> None:
         assert named == {f"/run/secrets/{secret}" for secret in service.get("secrets", [])} & named
         used |= set(service.get("secrets", []))
 
-    known = read("docker-compose.yml")["secrets"] | file["secrets"]
+    known = read(BASE)["secrets"] | file["secrets"]
     assert used <= known.keys()
     assert file["secrets"].keys() <= used
     for secret in file["secrets"].values():
@@ -217,7 +251,7 @@ def test_every_variable_is_in_the_example() -> None:
     """env.example shows each variable of the compose files, no other, with the default it has there."""
     shown = {match["name"]: match["default"] for match in EXAMPLE.finditer((DEPLOY / "env.example").read_text())}
     used: dict[str, set[str]] = {}
-    for name in ("docker-compose.yml", "docker-compose.provider.yml"):
+    for name in FILES:
         for match in REFERENCE.finditer((DEPLOY / name).read_text()):
             used.setdefault(match["name"], set()).add(match["default"] or "")
 

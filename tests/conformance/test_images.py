@@ -63,13 +63,25 @@ def test_final_stage_builds_nothing(image: str) -> None:
 @pytest.mark.parametrize("image", IMAGES)
 def test_only_pinned_packages_are_installed(image: str) -> None:
     """Every package has a hash and comes built; the project itself comes without others."""
-    installs = [
-        command(each.arguments) for each in stages(image)[0] if each.name == "RUN" and "install" in each.arguments
-    ]
-    pinned, own = (words[words.index("install") + 1 :] for words in installs)
+    lines = [command(each.arguments) for each in stages(image)[0] if each.name == "RUN"]
+    installs = [words[words.index("install") + 1 :] for words in lines if "install" in words]
+    (wheel,) = (words for words in lines if "wheel" in words)
+    pinned = ["--require-hashes", "--only-binary", ":all:", "-r"]
 
-    assert pinned == ["--require-hashes", "--only-binary", ":all:", "-r", f"requirements/{image}.txt"]
-    assert own == ["--no-deps", "--compile", "."]
+    assert installs[0] == [*pinned, f"requirements/{image}.txt"]
+    assert installs[1] == [*pinned, "requirements/build.txt"]
+    assert installs[2][:2] == ["--no-deps", "--no-index"]
+    assert {"--no-deps", "--no-build-isolation"} <= set(wheel)
+    assert len(installs) == 3
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_only_an_interpreter_built_for_speed_will_do(image: str) -> None:
+    """The build stops where the base image's Python was made without profiles (PGO), which costs a fifth."""
+    checks = [command(each.arguments)[-1] for each in stages(image)[0] if "sysconfig" in each.arguments]
+
+    assert len(checks) == 1
+    assert "assert '--enable-optimizations' in sysconfig.get_config_var('CONFIG_ARGS')" in checks[0]
 
 
 @pytest.mark.parametrize("image", IMAGES)

@@ -168,7 +168,8 @@ def test_the_file_for_scripts_is_private_and_complete(running: Dev) -> None:
 
     assert keys == {"base_url", "agent_url", "api_key", "jwt", "jwt_secret", "issuer", "audience"}
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert {stat.S_IMODE(file.stat().st_mode) & 0o077 for file in (directory, directory / "secrets.json")} == {0}
+    private = (directory, directory / "secrets.json", directory / "agent.log", directory / "threads.sqlite")
+    assert {stat.S_IMODE(file.stat().st_mode) & 0o077 for file in private} == {0}
 
 
 def test_a_script_can_sign_its_own_tokens(running: Dev) -> None:
@@ -267,6 +268,30 @@ def test_a_doubtful_environment_stops_dev(tmp_path: Path, environment: dict[str,
     assert (ended.returncode, ended.stdout) == (1, "")
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_what_is_in_the_way_gets_none_of_its_secrets(tmp_path: Path) -> None:
+    """A directory that is a link is refused; links within it are taken out, and its mode is set right."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    (elsewhere / "mine").write_text("untouched")
+    linked, laid = tmp_path / "linked", tmp_path / "laid"
+    for directory in (linked, laid):
+        directory.mkdir()
+    (linked / ".dev").symlink_to(elsewhere)
+    (laid / ".dev").mkdir(mode=0o755)
+    for name in ("secrets.json", "agent.log"):
+        (laid / ".dev" / name).symlink_to(elsewhere / "mine")
+
+    refused = run(linked, "dev", PORT="0", AGENT_PORT="0")
+    run(laid, "dev", PORT="0", AGENT_PORT="0", AGENT_MODEL="parrot")
+
+    assert refused.returncode == 1
+    assert ".dev cannot be used" in refused.stderr
+    assert [path.name for path in elsewhere.iterdir()] == ["mine"]
+    assert (elsewhere / "mine").read_text() == "untouched"
+    assert stat.S_IMODE((laid / ".dev").stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.lstat().st_mode) for path in (laid / ".dev").iterdir() if path.is_file()} == {0o600}
 
 
 def test_an_agent_that_cannot_start_is_told_of(tmp_path: Path) -> None:

@@ -477,18 +477,11 @@ async def test_unreachable_proxy_is_502(tmp_path: Path) -> None:
     assert head.one("retry-after") == "1"
 
 
-@pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize("reused", [False, True])
-async def test_request_is_never_sent_twice(edge: Edge, method: str, *, reused: bool) -> None:
-    """A proxy that dies over a request, on a new or a kept connection, gets it no second time."""
-    client = await edge.client()
-    proxy = None
-    if reused:
-        await client.send(get("/health/live"))
-        proxy, _ = await edge.upstream.request()
-        await proxy.send(reply("200 OK", b"{}"))
-        await client.answer()
-    await client.send(post("/agent/invoke").replace(b"POST", method.encode()))
+async def test_run_is_never_sent_twice(edge: Edge, *, reused: bool) -> None:
+    """A proxy that dies over a run, on a new or a kept connection, gets it no second time."""
+    client, proxy = await kept_connection(edge) if reused else (await edge.client(), None)
+    await client.send(post("/agent/invoke"))
     if proxy is None:
         proxy = await edge.upstream.connection()
     request = await proxy.head()
@@ -496,9 +489,35 @@ async def test_request_is_never_sent_twice(edge: Edge, method: str, *, reused: b
 
     head, _ = await client.problem()
 
-    assert request.start == f"{method} /agent/invoke HTTP/1.1"
+    assert request.start == "POST /agent/invoke HTTP/1.1"
     assert head.status == 502
     assert edge.upstream.connections == 1
+
+
+async def test_reading_is_tried_again_where_a_kept_connection_closed(edge: Edge) -> None:
+    """A GET that met the closing of an idle connection is asked once more, on a new one (RFC 9110, section 9.2.2)."""
+    client, proxy = await kept_connection(edge)
+    await client.send(get("/agent/v1/threads"))
+    await proxy.head()
+    await proxy.close()
+
+    again, request = await edge.upstream.request()
+    await again.send(reply("200 OK", b"{}"))
+    head, body = await client.answer()
+
+    assert request.start == "GET /agent/v1/threads HTTP/1.1"
+    assert (head.status, body) == (200, b"{}")
+    assert edge.upstream.connections == 2
+
+
+async def kept_connection(edge: Edge) -> tuple[Wire, Wire]:
+    """Give a client, and the connection that nginx has kept to the proxy after a first request."""
+    client = await edge.client()
+    await client.send(get("/health/live"))
+    proxy, _ = await edge.upstream.request()
+    await proxy.send(reply("200 OK", b"{}"))
+    await client.answer()
+    return client, proxy
 
 
 async def test_hang_up_reaches_the_proxy(edge: Edge) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import httpx
 import pytest
 
+from proxy.operations import OPERATIONS
 from tests.support.agent import Agent, ask, internal_token, start_agent
 from tests.support.agent import stop as stop_agent
 from tests.support.nginx import Nginx, start_nginx
@@ -189,8 +190,19 @@ def test_what_is_public_is_public(chain: Chain, path: str) -> None:
     assert httpx.get(f"{chain.nginx.url}{path}").status_code == 200
 
 
-def test_the_page_describes_every_operation_with_both_credentials(chain: Chain) -> None:
-    """`Authorize` works on /docs, and each run's example is one that works."""
+def test_the_page_loads_nothing_and_runs_nothing(chain: Chain) -> None:
+    """/docs reaches for no host and no script, nor would its policy let it; each operation is on it."""
+    answer = httpx.get(f"{chain.nginx.url}/docs")
+
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; ")
+    assert not re.findall(r"<script|<link|<img|<iframe|\bsrc=|https?://", answer.text)
+    for row in OPERATIONS:
+        assert f"<code>{row.method} {row.path}</code>" in answer.text
+    assert "$URL/agent/stream&quot; -H &quot;X-API-Key: $KEY&quot;" in answer.text
+
+
+def test_the_document_describes_every_operation_with_both_credentials(chain: Chain) -> None:
+    """Both credentials are described, and each run's example is one that works."""
     described = httpx.get(f"{chain.nginx.url}/openapi.json").json()
     examples = described["paths"]["/agent/invoke"]["post"]["requestBody"]["content"]["application/json"]["examples"]
 

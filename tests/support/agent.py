@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import httpx
 import jwt
 
 CONFIG = Path(__file__).parents[2] / "agent_service" / "agentflow.json"
+LAUNCHER = (str(Path(sys.executable).with_name("agentflow")), "api", "--no-reload")
+PRODUCTION = (sys.executable, "-m", "agent_service.serve")
 DEADLINE = 60.0
 TAIL = 4000
 
@@ -35,10 +38,13 @@ class Agent:
     log: Path
 
 
-def start_agent(directory: Path, **environment: str) -> Agent:
+def start_agent(
+    directory: Path, *, at: tuple[str, int] = ("127.0.0.1", 0), launcher: Sequence[str] = LAUNCHER, **environment: str
+) -> Agent:
     """Start an agent that keeps its threads and its log in `directory`, and wait until it answers.
 
-    `environment` adds to the agent's variables or replaces them; an empty value takes one away.
+    It listens at `at`; `launcher` is the command that does so. `environment` adds to the agent's variables or replaces
+    them; an empty value takes one away.
     """
     secret = environment.get("JWT_SECRET_KEY", secrets.token_urlsafe(48))
     variables = {
@@ -50,19 +56,18 @@ def start_agent(directory: Path, **environment: str) -> Agent:
         "AGENT_DATABASE": str(directory / "threads.sqlite"),
         **environment,
     }
-    port = _free_port()
-    log = directory / f"agent-{port}.log"
-    command = [Path(sys.executable).with_name("agentflow"), "api", "--no-reload", "--host", "127.0.0.1"]
+    host, port = at[0], at[1] or free_port()
+    log = directory / f"agent-{host}-{port}-{time.monotonic_ns()}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*command, "--port", str(port), "--config", CONFIG],
+            [*launcher, "--host", host, "--port", str(port), "--config", CONFIG],
             cwd=directory,
             env={name: value for name, value in variables.items() if value},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    agent = Agent(url=f"http://127.0.0.1:{port}", secret=secret, process=process, log=log)
+    agent = Agent(url=f"http://{host}:{port}", secret=secret, process=process, log=log)
     try:
         _wait_until_ready(agent)
     except BaseException:
@@ -94,7 +99,8 @@ def ask(text: str, thread_id: str | None = None, **more: object) -> dict[str, ob
     return {"messages": [message], "config": config, **more}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Give a port that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]

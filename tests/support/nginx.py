@@ -1,6 +1,6 @@
-"""Starts a real nginx on the configuration that is deployed, and stops it again.
+"""Starts a real nginx on a configuration that is deployed, and stops it again.
 
-It substitutes where nginx listens and where the proxy is, and never another word of it.
+It substitutes where nginx listens, whom it asks for names and where its upstream is, and never another word of it.
 """
 
 import json
@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 import httpx
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "nginx.conf"
-LISTEN = "listen 8080 "
-PROXY = "server proxy:8000 "
+BALANCER = CONFIG.with_name("balancer.conf")
+LISTEN = {CONFIG: "listen 8080 ", BALANCER: "listen 8001 "}
+UPSTREAM = {CONFIG: "server proxy:8000 ", BALANCER: "server agent:8001 "}
+RESOLVER = "resolver 127.0.0.11 "
 BACKLOG = 511
 DEADLINE = 20.0
 
@@ -51,15 +53,24 @@ class Nginx:
         return (self.directory / "stderr").read_text(errors="replace")
 
 
-def start_nginx(directory: Path, upstream: str) -> Nginx:
-    """Start nginx in `directory` before the proxy at `upstream` (`http://host:port`); wait until it answers.
+def start_nginx(
+    directory: Path,
+    upstream: str,
+    *,
+    deployed: Path = CONFIG,
+    resolver: str = "",
+    address: tuple[str, int] = ("127.0.0.1", 0),
+) -> Nginx:
+    """Start nginx in `directory` before what is at `upstream` (`http://host:port`); wait until it answers.
 
-    Raises NginxStoppedError.
+    `resolver` (`host:port`) is asked for a name in `upstream`. Raises NginxStoppedError.
     """
     # nginx takes over the bound socket (the way of its own binary upgrades): no other can get the port meanwhile.
-    with socket.create_server(("127.0.0.1", 0), backlog=BACKLOG) as listener:
+    with socket.create_server(address, backlog=BACKLOG) as listener:
         host, port = listener.getsockname()
-        config = write_config(directory, listen=f"{host}:{port}", upstream=upstream)
+        config = write_config(
+            directory, listen=f"{host}:{port}", upstream=upstream, deployed=deployed, resolver=resolver
+        )
         with (directory / "stdout").open("wb") as stdout, (directory / "stderr").open("wb") as stderr:
             process = subprocess.Popen(
                 nginx_command(directory, config),
@@ -96,14 +107,19 @@ def drain(nginx: Nginx) -> None:
     nginx.process.send_signal(signal.SIGQUIT)
 
 
-def write_config(directory: Path, *, listen: str, upstream: str) -> Path:
-    """Write the deployed configuration into `directory`, for these two addresses."""
-    text = CONFIG.read_text()
-    for deployed, here in ((LISTEN, f"listen {listen} "), (PROXY, f"server {urlsplit(upstream).netloc} ")):
-        if text.count(deployed) != 1:
-            message = f"{CONFIG.name} must have {deployed!r} exactly once"
+def write_config(directory: Path, *, listen: str, upstream: str, deployed: Path = CONFIG, resolver: str = "") -> Path:
+    """Write a deployed configuration into `directory`, for these addresses."""
+    text = deployed.read_text()
+    substitutions = {
+        LISTEN[deployed]: f"listen {listen} ",
+        UPSTREAM[deployed]: f"server {urlsplit(upstream).netloc} ",
+        RESOLVER: f"resolver {resolver} " if resolver else RESOLVER,
+    }
+    for there, here in substitutions.items():
+        if text.count(there) != 1:
+            message = f"{deployed.name} must have {there!r} exactly once"
             raise ValueError(message)
-        text = text.replace(deployed, here)
+        text = text.replace(there, here)
     config = directory / "nginx.conf"
     config.write_text(text)
     return config

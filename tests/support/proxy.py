@@ -52,7 +52,7 @@ class Proxy:
         raise AssertionError(f"no access line with {fields}")
 
 
-def start_proxy(directory: Path, agent_url: str, agent_secret: str, **environment: str) -> Proxy:
+def start_proxy(directory: Path, agent_url: str, agent_secret: str, *options: str, **environment: str) -> Proxy:
     """Start a proxy before the sidecar at `agent_url`, logging into `directory`, and wait until it listens.
 
     The port is one the system chose; the proxy tells it in its log. An empty value of `environment` is unset.
@@ -69,7 +69,7 @@ def start_proxy(directory: Path, agent_url: str, agent_secret: str, **environmen
     log = directory / f"proxy-{time.monotonic_ns()}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("agentflow-proxy"), "serve"],
+            [Path(sys.executable).with_name("agentflow-proxy"), "serve", *options],
             cwd=directory,
             env={name: value for name, value in variables.items() if value},
             stdin=subprocess.DEVNULL,

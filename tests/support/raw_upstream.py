@@ -59,8 +59,8 @@ class RawUpstream:
 
 
 @asynccontextmanager
-async def raw_upstream(talk: Talk) -> AsyncIterator[RawUpstream]:
-    """Serve each connection with `talk` on a free port of the loopback; close it when `talk` returns."""
+async def raw_upstream(talk: Talk, *, at: tuple[str, int] = ("127.0.0.1", 0)) -> AsyncIterator[RawUpstream]:
+    """Serve each connection with `talk`, by default on a free port of the loopback; close it when `talk` returns."""
     upstream = RawUpstream("")
     talks: set[asyncio.Task[None]] = set()
 
@@ -77,7 +77,7 @@ async def raw_upstream(talk: Talk) -> AsyncIterator[RawUpstream]:
             talks.discard(task)
             writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, *at)
     upstream.url = "http://{}:{}".format(*server.sockets[0].getsockname())
     try:
         yield upstream

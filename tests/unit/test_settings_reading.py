@@ -77,6 +77,7 @@ BAD: dict[str, list[str]] = {
     "redis_timeout_seconds": ["0", "0.001", "6", "nan"],
     "limits_without_redis": ["open", "Local"],
     "replicas": ["0", "1001", "x"],
+    "workers": ["0", "65", "x"],
     "lease_seconds": ["0", "31", "nan"],
     "legacy_rate_headers": ["maybe", "2"],
     "max_body_bytes": ["1023", str((64 << 20) + 1), "1MB"],

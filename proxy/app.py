@@ -32,6 +32,7 @@ from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.notices import Notices
 from proxy.observability import Observability
 from proxy.overload import Overload
+from proxy.places import Places
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
@@ -198,6 +199,8 @@ def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[]
         identity=identity,
         limits=limits,
         runs=relay.runs,
+        overload=overload,
+        places=Places(settings.websockets_at_once, settings.websockets_per_caller, "websockets"),
         run_rules=run_rules,
         flow_rules=settings.flow_rules(),
         thread_secret=secret,
@@ -224,7 +227,6 @@ def _duplex_rules(settings: Settings) -> DuplexRules:
         handshake=settings.query_timeout_seconds,
         idle=settings.websocket_idle_seconds,
         total=settings.websocket_total_seconds,
-        at_once=settings.websockets_at_once,
     )
 
 
@@ -237,10 +239,9 @@ def _uploads(settings: Settings) -> Uploads:
     rules = UploadRules(
         most=settings.max_upload_bytes,
         seconds=settings.upload_timeout_seconds,
-        at_once=settings.uploads_at_once,
         connect=settings.connect_timeout_seconds,
     )
-    return Uploads(settings.agent_url, rules)
+    return Uploads(settings.agent_url, rules, Places(settings.uploads_at_once, settings.uploads_per_caller, "uploads"))
 
 
 def make_pool(settings: Settings) -> Pool:

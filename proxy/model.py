@@ -3,7 +3,7 @@
 Nothing here decides, acts or imports a library; every other room may import this one.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final, Literal, NamedTuple, Protocol
@@ -75,41 +75,6 @@ class Principal:
     def partition(self) -> str:
         """Who this principal's quotas belong to."""
         return self.caller or self.namespace
-
-
-@dataclass(frozen=True, slots=True)
-class StoredKey:
-    """A stored API key: never the key itself, only its digest (SHA-256, hex). Times are Unix seconds.
-
-    `caller` is the id of the first key of a line of rotations, which all own the same threads; empty: this one's.
-    `replaced_by` and `grace_ends` come with a rotation; `changed` grows with every change to any key of a store.
-    """
-
-    id: str
-    name: str
-    digest: str
-    scopes: frozenset[str]
-    tier: str = "default"
-    rate: str | None = None
-    caller: str = ""
-    created: int = 0
-    expires: int | None = None
-    last_used: int | None = None
-    created_by: str = ""
-    replaced_by: str | None = None
-    grace_ends: int | None = None
-    revoked: int | None = None
-    changed: int = 0
-
-    def refusal_at(self, now: float) -> str:
-        """Say why the key does not work at `now` (Unix seconds); empty when it does."""
-        if self.revoked is not None:
-            return "key revoked"
-        if self.expires is not None and now >= self.expires:
-            return "key expired"
-        if self.grace_ends is not None and now >= self.grace_ends:
-            return "key replaced"
-        return ""
 
 
 class Usage(NamedTuple):
@@ -297,19 +262,3 @@ class Lease(Protocol):
 
     def release(self) -> None:
         """Free the slots: the run upstream has ended. Asked again, nothing; never blocks."""
-
-
-class KeyStore(Protocol):
-    """Where API keys are kept. Every method raises KeyStoreDown when the store does not answer in time."""
-
-    async def find(self, key_ids: Collection[str]) -> Mapping[str, StoredKey]:
-        """Give the stored keys that have these ids, whether they still work or not."""
-
-    async def change_number(self) -> int:
-        """Give the number of the last change to any key; it only grows."""
-
-    async def changed_since(self, number: int) -> Sequence[StoredKey]:
-        """Give every key that changed after `number`, as it is now."""
-
-    async def note_uses(self, uses: Mapping[str, int]) -> None:
-        """Write when keys were last used (Unix seconds by id); an earlier time than the stored one changes nothing."""

@@ -11,12 +11,18 @@ from typing import Any, Final, cast, override
 import pydantic_core
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.datastructures import Headers as Fields
+from websockets.frames import Frame
+from websockets.http11 import MAX_LINE_LENGTH, MAX_NUM_HEADERS, Request
+from websockets.server import ServerProtocol
 
-from proxy.model import DRAIN, App, Inbox, Message, Receive, Scope, Send
+from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
-_KEY_LENGTH: Final = 24  # 16 bytes in base64
+_SWITCHING: Final = 101
+_AROUND: Final = 16
+"""Bytes of a line beside a field's name and value, or beside the target."""
 _ANNOUNCE_A_BODY: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -63,14 +69,29 @@ class CycleInbox(Inbox):
             left()
 
 
-class OneAtATime(HttpToolsProtocol):
+class Leaving:
+    """A part of a protocol: gives up a connection that does not get closed."""
+
+    transport: asyncio.Transport
+    _was_closing = False
+
+    def give_up_closing(self) -> None:
+        """Abort a connection that was closing already when this was called before: its client does not read.
+
+        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
+        """
+        if self.transport.is_closing():
+            if self._was_closing:
+                self.transport.abort()
+            self._was_closing = True
+
+
+class OneAtATime(Leaving, HttpToolsProtocol):
     """One request on a connection at a time.
 
     uvicorn queues pipelined requests without bound, and tells only the newest of them that the client left; and
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
-
-    _was_closing = False
 
     def __init__(self, *args: Any, note_refusal: Callable[..., None] | None = None, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(*args, **options)
@@ -109,13 +130,11 @@ class OneAtATime(HttpToolsProtocol):
         """Upgrade a WebSocket's path, when it is asked for as RFC 6455 §4.2.1 says; the rest stays a request."""
         if self.url.partition(b"?")[0].decode("latin-1") not in _WEBSOCKETS or self.scope["method"] != "GET":
             return False
-        fields = dict(self.headers)
-        is_complete = (
-            fields.get(b"sec-websocket-version") == b"13"
-            and len(fields.get(b"sec-websocket-key", b"")) == _KEY_LENGTH
-            and self.scope["http_version"] == "1.1"
+        return (
+            self.scope["http_version"] == "1.1"
+            and super()._should_upgrade()
+            and opens_a_websocket(self.url, self.headers)
         )
-        return is_complete and super()._should_upgrade()
 
     @override
     def send_400_response(self, msg: str) -> None:
@@ -131,22 +150,50 @@ class OneAtATime(HttpToolsProtocol):
         if self._note_refusal is not None:
             self._note_refusal(self.client, reason=msg, sent=len(body))
 
-    def give_up_closing(self) -> None:
-        """Abort a connection that was closing already when this was called before: its client does not read.
-
-        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
-        """
-        if self.transport.is_closing():
-            if self._was_closing:
-                self.transport.abort()
-            self._was_closing = True
-
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
 
-class Conversation(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket, which tells the application that the process is to end rather than closing at once."""
+def opens_a_websocket(target: bytes, headers: Headers) -> bool:
+    """Say whether the server of WebSockets takes this request: what it refuses is answered as a request instead.
+
+    It answers some of what it refuses with nothing at all, and nobody would hear of any.
+    """
+    if len(headers) > MAX_NUM_HEADERS or len(target) + _AROUND > MAX_LINE_LENGTH:
+        return False
+    if any(len(name) + len(value) + _AROUND > MAX_LINE_LENGTH for name, value in headers):
+        return False
+    fields = Fields([(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers])
+    return ServerProtocol().accept(Request(target.decode("latin-1"), fields)).status_code == _SWITCHING
+
+
+class Conversation(Leaving, WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, which tells the application that the process is to end rather than closing at once.
+
+    Pongs are held only for a client that reads, and of a message that comes in parts their bytes alone: the parts may
+    be endless, and empty.
+    """
+
+    _begun = bytearray()
+
+    def _pong(self) -> None:
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()  # dropped: RFC 6455 §5.5.3 lets a pong stand for the pings before it
+
+    def _go_on(self, event: Frame) -> None:
+        if self.frames:
+            self._begun = bytearray(self.frames.pop())
+        self._begun += event.data
+        if event.fin:
+            self.frames = [bytes(self._begun)]
+            self._begun = bytearray()
+            self.send_receive_event_to_app()
+
+    # uvicorn's own names
+    handle_ping = _pong
+    handle_cont = _go_on
 
     @override
     def shutdown(self) -> None:

@@ -12,7 +12,8 @@
 5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
     `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
                       on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
-                      (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
+                      (`redistier`, through `redisclient`; what it must still be told of are `debts`). `standings` tells
+                      what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
                       the `handles` of the principal's files.
@@ -27,7 +28,8 @@
 
 `listing` filters the one answer that is made here. `filing` has the phases of files, and `uploads` sends their bytes
 upstream, named by `handles`; `agui` binds AG-UI's own body; `duplex` relays WebSockets, on which two ends have a
-`conversation` whose messages `frames` binds. `model`, `errors`, `outages` and `ends` hold what travels;
+`conversation` whose messages `frames` binds; of these two there are so many `places`.
+`model`, `errors`, `outages` and `ends` hold what travels, `storedkeys` what is kept;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
 of which `notices` tell every proxy.
 `logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;

@@ -20,7 +20,8 @@ from proxy.frames import ends_a_run, error_frame, is_error
 from proxy.framing import ErrorLines
 from proxy.model import DRAIN, Lease, Receive, Record, Send, UpstreamRequest, Usage
 from proxy.negotiation import Wish
-from proxy.outages import Draining, RunDeadline, UpstreamCut, UpstreamMalformed
+from proxy.outages import Draining, ReducedCapacity, RunDeadline, UpstreamCut, UpstreamMalformed
+from proxy.overload import Overload
 from proxy.runs import Run, Runs, Spending
 from proxy.usage import reader_for
 
@@ -30,22 +31,33 @@ IDLE: Final = "idle"
 _NORMAL: Final = 1000
 _OVER_UPSTREAM: Final = frozenset({End.UPSTREAM_CUT, End.UPSTREAM_MALFORMED})
 """Ends after which nothing goes on at the sidecar."""
+MOST_TURNS: Final = 16
+"""Runs that one conversation may have asked for: the sidecar runs one after the other, and the rest waits."""
 _REFUSALS_THAT_END: Final = frozenset({401, 403})
 
 
 class Turn:
-    """One run of a conversation: what it spends, and the place it holds. Begins when it is made."""
+    """One run of a conversation: what it spends, and the place it holds. Begins when it is made, ends once."""
 
     def __init__(
-        self, lease: Lease, record: Record, runs: Runs, *, thread_id: str, stop: Callable[[], UpstreamRequest]
+        self,
+        lease: Lease,
+        record: Record,
+        runs: Runs,
+        overload: Overload,
+        *,
+        thread_id: str,
+        stop: Callable[[], UpstreamRequest],
     ) -> None:
         self._lease = lease
         self._record = record
         self._runs = runs
+        self._overload = overload
         self._own = replace(record, usage=None, turns=0)
         self.spending = Spending(reader_for("stream"), lease, self._own)
         self._run = Run(record, thread_id, stop, Wish.AS_IT_IS, self.spending)
         runs.begin(self._run)
+        overload.open_runs += 1
         record.running += 1
 
     def stop(self) -> None:
@@ -53,10 +65,11 @@ class Turn:
         self._runs.stop(self._run)
 
     def end(self, end: End) -> None:
-        """Charge the rest, give the place back, and add what it has used to what the conversation has."""
+        """Give the place back, charge the rest, and add what it has used to what the conversation has."""
+        self._overload.open_runs -= 1
         self._runs.end(self._run)
-        self.spending.settle()
         self._lease.release()
+        self.spending.settle()
         if self._run.stop_asked and end is End.DONE:
             end = End.STOPPED
         record = self._record
@@ -81,9 +94,10 @@ class Conversation:
     request_id: str
     _turns: deque["Turn"] = field(default_factory=deque)
     """The runs that were asked for and have not ended, the oldest first: the sidecar runs them one by one."""
+    _goodbye: Close = field(default_factory=lambda: Close(GOING_AWAY, ""))
+    """What the sidecar is told at the end: the client's own close, where there was one."""
     _draining: bool = False
     _active: float = 0.0
-    _goodbye: Close = field(default_factory=lambda: Close(GOING_AWAY, ""))
 
     async def until_closed(self, *, idle: float, total: float) -> Close:
         """Carry until one end closes; give the close that the client is to see. Raises a Problem."""
@@ -128,10 +142,9 @@ class Conversation:
             message = await self.receive()
             if message["type"] == "websocket.disconnect":
                 code, reason = message.get("code", GOING_AWAY), message.get("reason") or ""
-                close = Close(code if is_sendable(code) else GOING_AWAY, reason)
-                self._goodbye = close
-                if "reason" in message:  # it said goodbye
-                    return close
+                self._goodbye = Close(code if is_sendable(code) else GOING_AWAY, reason)
+                if "reason" in message:  # it said so
+                    return self._goodbye
                 raise ClientLeft
             if message["type"] == DRAIN:
                 self._draining = True
@@ -144,10 +157,9 @@ class Conversation:
         text = message.get("text")
         self._active = asyncio.get_running_loop().time()
         try:
-            if self._draining:
-                raise Draining
+            self._require_room()
             bound, turn = await self.admit(text.encode() if text is not None else message["bytes"])
-        except ClientProblem as problem:
+        except (ClientProblem, ReducedCapacity) as problem:
             if problem.status in _REFUSALS_THAT_END:
                 raise
             await self.send({"type": "websocket.send", "text": error_frame(problem, request_id=self.request_id)})
@@ -155,6 +167,12 @@ class Conversation:
         self._turns.append(turn)
         with contextlib.suppress(ConnectionClosed):  # the other task tells of it
             await self.upstream.send(bound.decode() if text is not None else bound)
+
+    def _require_room(self) -> None:
+        if self._draining:
+            raise Draining
+        if len(self._turns) >= MOST_TURNS:
+            raise ReducedCapacity(f"At most {MOST_TURNS} runs may wait for one another.", reason="runs waiting")
 
     async def _down(self) -> Close:
         """Carry what the sidecar says; give its close. Raises Draining after a run when we are to end."""

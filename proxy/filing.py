@@ -48,7 +48,8 @@ class Filing:
             record.received_bytes += len(message.get("body", b""))
             return message
 
-        answer = await self.uploads.pass_on(self._upstream(permit, scope), scope["headers"], counted)
+        request, caller = self._upstream(permit, scope), permit.principal.partition
+        answer = await self.uploads.pass_on(request, scope["headers"], counted, caller=caller)
         body = answer.take()
         if answer.status == _OK:
             body = sealed_answer(body, Handles(tag, self.secret))

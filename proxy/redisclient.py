@@ -17,7 +17,7 @@ from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import NoScriptError, RedisError, ResponseError
 
 MOST_AT_ONCE: Final = 200
 CONNECT_SECONDS: Final = 1.0
@@ -26,11 +26,12 @@ FORMS: Final = "redis://, rediss://, unix://, redis+sentinel://host:port,…/ser
 
 
 class RedisDown(Exception):  # noqa: N818  a state, not a mistake
-    """Redis did not do what was asked, or not in time: `reason`."""
+    """Redis did not do what was asked, or not in time: `reason`. `answered`: it said so itself, and will again."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, *, answered: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.answered = answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,14 @@ class Courier:
             self._task = asyncio.create_task(self._deliver())
         return await call.answer
 
+    async def reach(self) -> None:
+        """Have a connection, which may take longer than a decision has. Raises RedisDown."""
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._client.execute_command("EXISTS", "probe")
+        except (RedisError, OSError, TimeoutError) as error:
+            raise RedisDown(reason_of(error)) from error
+
     async def delete(self, keys: Sequence[str]) -> int:
         """Forget keys; give how many there were. Raises RedisDown."""
         try:
@@ -220,7 +229,7 @@ def _settle(call: _Call, answer: object) -> None:
     if call.answer.done():
         return
     if isinstance(answer, BaseException):
-        call.answer.set_exception(RedisDown(reason_of(answer)))
+        call.answer.set_exception(RedisDown(reason_of(answer), answered=isinstance(answer, ResponseError)))
     else:
         call.answer.set_result(str(answer))
 

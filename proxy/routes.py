@@ -37,7 +37,7 @@ from proxy.relay import Relay, read_body
 from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
 from proxy.tokens import InternalIdentity
-from proxy.usage import reader_for
+from proxy.usage import Form, reader_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,11 @@ class Phases:
 
     async def run(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run, then relay its answer."""
-        raw = await self._read(scope, receive)
-        body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        body = await self._read(scope, receive)
+        body, thread_id = bind_run(body, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body, thread_id=thread_id)
         run = self._run(permit, thread_id, lease, scope, request)
+        del body  # an open stream holds it once, not three times
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def ag_ui(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
@@ -145,7 +146,8 @@ class Phases:
     def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope, request: UpstreamRequest) -> Run:
         record: Record = scope[RECORD]
         streams = permit.operation.scope == STREAM
-        spending = Spending(reader_for("stream" if streams else "answer"), lease, record)
+        form: Form = "ag-ui" if permit.operation.kind is Kind.AG_UI else "stream" if streams else "answer"
+        spending = Spending(reader_for(form), lease, record)
         stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
         return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 
@@ -215,13 +217,13 @@ class CanonicalPaths:
         self._app = app
         self._direct: dict[str, App] = {route.path: route.endpoint for route in routes if not route.param_convertors}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         endpoint = self._direct.get(scope["path"])
         if endpoint is not None and b"%" not in scope["raw_path"]:
-            return await endpoint(scope, receive, send)
+            return endpoint(scope, receive, send)
         if not is_canonical(scope["raw_path"], scope["path"]):
             raise NotFound
-        return await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
 
 class Path:
@@ -231,11 +233,11 @@ class Path:
         self._endpoints = endpoints
         self._allowed = ", ".join(sorted(endpoints))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         endpoint = self._endpoints.get(scope["method"])
         if endpoint is None:
             raise MethodNotAllowed(self._allowed)
-        await endpoint(scope, receive, send)
+        return endpoint(scope, receive, send)
 
 
 def routes(phases: Phases) -> list[Route]:

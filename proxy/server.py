@@ -25,7 +25,7 @@ from proxy.keystore import SqlKeyStore
 from proxy.logs import BackgroundHandler, JsonFormatter, set_level
 from proxy.model import Lifecycle
 from proxy.outages import KeyStoreDown
-from proxy.protocol import Conversation, OneAtATime
+from proxy.protocol import Conversation, Leaving, OneAtATime
 from proxy.reload import Reload
 from proxy.settings import Settings
 from proxy.telemetry import Share, begin_telemetry
@@ -179,7 +179,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if counter % _LINGER_TICKS == 0:
             for connection in list(self.server_state.connections):
-                if isinstance(connection, OneAtATime):
+                if isinstance(connection, Leaving):
                     connection.give_up_closing()
         return await super().on_tick(counter)
 

@@ -110,11 +110,14 @@ def test_each_proxy_enforces_its_share_and_tells_redis_afterwards(local: House, 
     before = local.invoke(f"steady-{fault}")
     assert before.values("ratelimit-policy") == ['"requests";q=8;w=8640000, "concurrency";q=4;qu="concurrent-requests"']
 
+    local.seen = len(local.proxy.log_lines())
     break_it(redis)
-    lost = local.event("limits.degraded", lambda: local.invoke(f"unlucky-{fault}-{time.monotonic_ns()}"))
-    answers = [local.invoke(f"meanwhile-{fault}") for _ in range(3)]
-    health = local.health()
-    mend_it(redis)
+    try:
+        lost = local.event("limits.degraded", lambda: local.invoke(f"unlucky-{fault}-{time.monotonic_ns()}"))
+        answers = [local.invoke(f"meanwhile-{fault}") for _ in range(3)]
+        health = local.health()
+    finally:
+        mend_it(redis)
     found = local.event("limits.recovered")
     after = [local.invoke(f"meanwhile-{fault}") for _ in range(7)]
 

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from proxy.admission import Limits
 from proxy.agui import bind_ag_ui
+from proxy.aguievents import AgUiReader
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream, stop_upstream
@@ -78,7 +79,8 @@ class Phases:
         raw = await self._read(scope, receive)
         body, thread_id = bind_ag_ui(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body)
-        run = replace(self._run(permit, thread_id, lease, scope), wish=Wish.AS_IT_IS)
+        spending = Spending(AgUiReader(body), lease, scope[RECORD])
+        run = replace(self._run(permit, thread_id, lease, scope), wish=Wish.AG_UI, spending=spending)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:

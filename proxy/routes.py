@@ -215,8 +215,8 @@ class Endpoint:
         try:
             await self._perform(permit, tag, lease, scope, receive, send)
         finally:
-            overload.open_runs -= self._runs
             if not record.goes_on:
+                overload.open_runs -= self._runs
                 lease.release()
 
 

@@ -47,16 +47,26 @@ class Thresholds:
 
 
 class Overload:
-    """What this process carries, and whether it takes on more. `ticks` is in seconds of a monotonic clock."""
+    """What this process carries, and whether it takes on more. `ticks` is in seconds of a monotonic clock.
 
-    def __init__(self, thresholds: Thresholds, *, ticks: Callable[[], float] = time.monotonic) -> None:
+    `kept` tells how many runs go on whose clients have left: they are open as well.
+    """
+
+    def __init__(
+        self,
+        thresholds: Thresholds,
+        *,
+        kept: Callable[[], int] = lambda: 0,
+        ticks: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._thresholds = thresholds
+        self._kept = kept
         self._ticks = ticks
         self._least_lag, self._least_runs = thresholds.least("")
         self.loop_lag = 0.0
         """Seconds that the event loop is late, smoothed."""
         self.open_runs = 0
-        """Runs that were taken on and have not ended; who relays them counts them."""
+        """Runs that were taken on and whose requests have not ended; who relays them counts them."""
         self.refused = 0
         """Requests refused in this overload, or in the last."""
         self._began: float | None = None
@@ -64,12 +74,13 @@ class Overload:
 
     def require_room(self, tier: str) -> None:
         """Raise ReducedCapacity when new work of this tier has to wait."""
-        if self.loop_lag < self._least_lag and self.open_runs < self._least_runs:
+        open_runs = self.open_runs + self._kept()
+        if self.loop_lag < self._least_lag and open_runs < self._least_runs:
             return
         lag, runs = self._thresholds.least(tier)
         if self.loop_lag >= lag:
             self._refuse(tier, "loop lag")
-        if self.open_runs >= runs:
+        if open_runs >= runs:
             self._refuse(tier, "open runs")
 
     def note_turn(self, late: float) -> None:
@@ -105,7 +116,11 @@ class Overload:
         self._last_refusal = self._ticks()
         if self._began is None:
             self._began, self.refused = self._last_refusal, 0
-            fields = {"measure": measure, "loop_lag_ms": round(self.loop_lag * 1000), "open_runs": self.open_runs}
+            fields = {
+                "measure": measure,
+                "loop_lag_ms": round(self.loop_lag * 1000),
+                "open_runs": self.open_runs + self._kept(),
+            }
             log.warning("overload.began", extra={"fields": fields})
         self.refused += 1
         raise ReducedCapacity(retry_after=1 + self._thresholds.tiers_above(tier), reason=measure)

@@ -122,6 +122,11 @@ class Runs:
         self._go(self._stop(run))
 
     @property
+    def kept(self) -> int:
+        """How many runs go on whose clients have left."""
+        return len(self._kept)
+
+    @property
     def pending(self) -> int:
         """How many runs are kept, or being asked to stop."""
         return len(self._tasks)

@@ -87,7 +87,7 @@ async def test_the_lowest_tier_is_refused_first_and_what_runs_goes_on(tmp_path: 
         bodies = [await response.aread() for response in opened]
         again = await open_stream("bronze")
         await again.aread()
-        line = await asyncio.to_thread(proxy.line_of, end="reduced_capacity")
+        line = await asyncio.to_thread(proxy.line_of, code="reduced_capacity")
 
     assert admitted == {"bronze": 32, "default": 36, "gold": 40}
     assert bodies == [b'{"n":1}\n{"n":2}\n'] * 40
@@ -117,7 +117,7 @@ async def test_a_proxy_that_is_late_refuses_until_it_has_caught_up(tmp_path: Pat
                 health = await client.get("/health/live")
             while (await client.get("/agent/ping", headers=headers)).status_code != 200:
                 await asyncio.sleep(0.02)
-        line = await asyncio.to_thread(proxy.line_of, end="reduced_capacity")
+        line = await asyncio.to_thread(proxy.line_of, code="reduced_capacity")
 
     assert health.status_code == 200
     assert line["reason"] == "loop lag"

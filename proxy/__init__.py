@@ -28,7 +28,8 @@
 
 `listing` filters the one answer that is made here. `filing` has the phases of files, and `uploads` sends their bytes
 upstream, named by `handles`; `agui` binds AG-UI's own body; `duplex` relays WebSockets, on which two ends have a
-`conversation` whose messages `frames` binds. `model`, `errors`, `outages` and `ends` hold what travels;
+`conversation` whose messages `frames` binds; of these two there are so many `places`.
+`model`, `errors`, `outages` and `ends` hold what travels, `storedkeys` what is kept;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
 of which `notices` tell every proxy.
 `logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;

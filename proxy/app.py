@@ -4,8 +4,8 @@ Only wiring; decides nothing, and does no work at import.
 """
 
 import hmac
+import os
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, override
@@ -32,6 +32,7 @@ from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.notices import Notices
 from proxy.observability import Observability
 from proxy.overload import Overload
+from proxy.places import Places
 from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
@@ -114,7 +115,7 @@ def create_app(
     observability = Observability(
         door,
         clock=time.perf_counter,
-        new_id=lambda: uuid.uuid4().hex,
+        new_id=_new_name,
         trusted_hops=settings.trusted_hops,
         watchers=[AccessLog(), *telemetry.watchers],
     )
@@ -197,6 +198,9 @@ def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[]
         _duplex_rules(settings),
         identity=identity,
         limits=limits,
+        runs=relay.runs,
+        overload=overload,
+        places=Places(settings.websockets_at_once, settings.websockets_per_caller, "websockets"),
         run_rules=run_rules,
         flow_rules=settings.flow_rules(),
         thread_secret=secret,
@@ -223,22 +227,21 @@ def _duplex_rules(settings: Settings) -> DuplexRules:
         handshake=settings.query_timeout_seconds,
         idle=settings.websocket_idle_seconds,
         total=settings.websocket_total_seconds,
-        at_once=settings.websockets_at_once,
     )
 
 
 def _new_name() -> str:
-    return uuid.uuid4().hex
+    """Choose 128 bits at random, in hex; a UUID would cost eight times as much."""
+    return os.urandom(16).hex()
 
 
 def _uploads(settings: Settings) -> Uploads:
     rules = UploadRules(
         most=settings.max_upload_bytes,
         seconds=settings.upload_timeout_seconds,
-        at_once=settings.uploads_at_once,
         connect=settings.connect_timeout_seconds,
     )
-    return Uploads(settings.agent_url, rules)
+    return Uploads(settings.agent_url, rules, Places(settings.uploads_at_once, settings.uploads_per_caller, "uploads"))
 
 
 def make_pool(settings: Settings) -> Pool:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 
-from proxy import dev, keycommands, limitcommands
+from proxy import audit, dev, keycommands, limitcommands
 from proxy.board import Board
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
@@ -96,6 +96,8 @@ def _serve(
         return _refuse(error.problems)
     server.run(sockets=[listener])
     handler.writer.flush(_LAST_LINES_SECONDS)
+    for each in audit.log.handlers:
+        each.flush()
     return 0
 
 
@@ -146,11 +148,17 @@ def operations(_: argparse.Namespace) -> int:
 
 def _limits(row: Operation, settings: Settings) -> str:
     """Say what bounds an operation: what it takes of its caller's rate, its body, how long it may last."""
-    takes_body = row.kind in (Kind.RUN, Kind.AG_UI, Kind.CONTROL)
-    seconds = settings.total_timeout_seconds if row.kind in (Kind.RUN, Kind.AG_UI) else settings.query_timeout_seconds
     quotas = settings.policies().plan(row.name).quotas
     rate = ", ".join(_quota_text(quota) for quota in quotas) or "no quota"
-    body = f"{settings.max_body_bytes} bytes" if takes_body else "no body"
+    body, seconds = "no body", settings.query_timeout_seconds
+    if row.kind in (Kind.RUN, Kind.AG_UI):
+        body, seconds = f"{settings.max_body_bytes} bytes", settings.total_timeout_seconds
+    elif row.kind is Kind.CONTROL:
+        body = f"{settings.max_body_bytes} bytes"
+    elif row.kind is Kind.UPLOAD:
+        body, seconds = f"{settings.max_upload_bytes} bytes", settings.upload_timeout_seconds
+    elif row.kind is Kind.DUPLEX:
+        body, seconds = f"{settings.max_body_bytes} bytes a message", settings.websocket_total_seconds
     return f"{rate}, {body}, {seconds:g} s"
 
 

@@ -7,7 +7,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -23,14 +24,13 @@ from proxy.conversation import GOING_AWAY, IDLE, Conversation, Turn
 from proxy.credentials import BEARER_SUBPROTOCOL
 from proxy.ends import End
 from proxy.errors import ClientLeft, ClientProblem, CredentialInvalid, Problem, UpgradeRequired
-from proxy.forwarding import request_upstream
+from proxy.forwarding import request_upstream, stop_upstream
 from proxy.frames import bind_frame
 from proxy.framing import ErrorLines
 from proxy.model import RECORD, REPROVE, FlowRules, Lease, Principal, Receive, Record, Scope, Send, UpstreamRequest
 from proxy.operations import Kind
 from proxy.outages import (
     Draining,
-    PoolExhausted,
     RunDeadline,
     Unavailable,
     UpstreamDeadline,
@@ -38,14 +38,16 @@ from proxy.outages import (
     UpstreamMalformed,
     UpstreamProblem,
 )
+from proxy.overload import Overload
+from proxy.places import Places
 from proxy.routes import Phase
-from proxy.runs import Spending, log
+from proxy.runs import Runs, log
 from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity
-from proxy.usage import reader_for
 
 MAX_MESSAGE_BYTES: Final = 16 << 20
 """The largest message of the sidecar's."""
+_LAST_WORDS_SECONDS: Final = 1.0
 _UNAUTHORIZED: Final = 401
 _POLICY: Final = 1008
 _FAILED: Final = 1011
@@ -56,13 +58,12 @@ _BAD_GATEWAY: Final = 1014
 
 @dataclass(frozen=True, slots=True)
 class DuplexRules:
-    """How long, in seconds, and how many: `handshake` is for the sidecar to accept, `idle` between messages."""
+    """How long, in seconds: `handshake` is for the sidecar to accept, `idle` between messages."""
 
     connect: float
     handshake: float
     idle: float
     total: float
-    at_once: int
 
 
 @dataclass(slots=True)
@@ -73,11 +74,13 @@ class Duplex:
     rules: DuplexRules
     identity: InternalIdentity
     limits: Limits
+    runs: Runs
+    overload: Overload
+    places: Places
     run_rules: RunRules
     flow_rules: FlowRules
     thread_secret: bytes
     new_name: Callable[[], str]
-    running: int = field(default=0, init=False)
 
     def phases(self) -> Mapping[Kind, Phase]:
         """Give the phase of the one kind that is a WebSocket."""
@@ -92,34 +95,39 @@ class Duplex:
         """
         if scope["type"] != "websocket":
             raise UpgradeRequired
-        if self.running >= self.rules.at_once:
-            raise PoolExhausted
-        self.running += 1
-        try:
-            async with self._connected(self._request(permit, scope)) as upstream:
+        with self.places.one(permit.principal.partition):
+            request = self._request(permit, scope)
+            async with self._connected(request) as upstream:
                 await receive()  # websocket.connect
                 offers = BEARER_SUBPROTOCOL.decode() in scope["subprotocols"][:1]
                 await send({"type": "websocket.accept", "subprotocol": BEARER_SUBPROTOCOL.decode() if offers else None})
-                lease.release()  # a run takes a place, a connection alone does not
-                await self._carry(permit, tag, scope, upstream, receive, send)
-        finally:
-            self.running -= 1
+                lease.release()  # a run takes a slot, a connection alone does not
+                await self._carry(permit, tag, scope, request, upstream, receive, send)
 
     async def _carry(
-        self, permit: Permit, tag: str, scope: Scope, upstream: ClientConnection, receive: Receive, send: Send
+        self,
+        permit: Permit,
+        tag: str,
+        scope: Scope,
+        request: UpstreamRequest,
+        upstream: ClientConnection,
+        receive: Receive,
+        send: Send,
     ) -> None:
         payer = tag_of(permit.principal.caller, self.thread_secret) if permit.principal.caller else tag
         record: Record = scope[RECORD]
 
         async def admit(raw: bytes) -> tuple[bytes, Turn]:
             await _require_same(permit, scope[REPROVE])
+            self.overload.require_room(permit.principal.tier)
             lease = await self.limits.admit(permit.principal, payer, permit.operation)
             try:
-                bound, _ = bind_frame(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+                bound, thread_id = bind_frame(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
             except BaseException:
                 lease.release()
                 raise
-            return bound, Turn(Spending(reader_for("stream"), lease, record), lease)
+            stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
+            return bound, Turn(lease, record, self.runs, self.overload, thread_id=thread_id, stop=stop)
 
         rules, request_id = self.flow_rules, record.request_id.decode()
 
@@ -153,6 +161,7 @@ class Duplex:
             body=b"",
             identity=self.identity.long_token(permit.principal, self.rules.total),
             request_id=record.request_id,
+            traceparent=record.forward(permit.operation.method, permit.operation.upstream),
         )
 
     @asynccontextmanager
@@ -201,8 +210,10 @@ async def _require_same(permit: Permit, reprove: Callable[[], Awaitable[Principa
 
 
 async def _close(send: Send, close: Close) -> None:
-    with contextlib.suppress(OSError, RuntimeError):  # gone already
-        await send({"type": "websocket.close", "code": close.code, "reason": close.reason})
+    # Gone already, or it does not read, which is not waited for.
+    with contextlib.suppress(OSError, RuntimeError, TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS_SECONDS):
+            await send({"type": "websocket.close", "code": close.code, "reason": close.reason})
 
 
 def _code_of(problem: Problem) -> int:

@@ -25,8 +25,10 @@ class ExchangeSettings(BaseModel):
         Seconds, Field(description="for a whole upload to arrive, and again for the sidecar to answer it")
     ] = 120
     uploads_at_once: Annotated[int, Field(ge=1, le=65_536, description="most uploads that run at once")] = 64
+    uploads_per_caller: Annotated[int, Field(ge=1, le=65_536, description="most of them of one caller")] = 16
     websocket_idle_seconds: Annotated[
         Seconds, Field(description="a WebSocket is closed when nothing was said on it for this long")
     ] = 660
     websocket_total_seconds: Annotated[Seconds, Field(description="a WebSocket is closed after this")] = 3600
     websockets_at_once: Annotated[int, Field(ge=1, le=65_536, description="most WebSockets open at once")] = 1024
+    websockets_per_caller: Annotated[int, Field(ge=1, le=65_536, description="most of them of one caller")] = 256

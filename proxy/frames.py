@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from proxy.errors import BodyInvalid, Problem, RateExceeded
 from proxy.handles import Handles, may_name_files
+from proxy.outages import ReducedCapacity
 from proxy.tenancy import (
     RunRules,
     check_roles,
@@ -75,7 +76,7 @@ def error_frame(problem: Problem, *, request_id: str) -> str:
     """Write a problem as the sidecar writes an error on a WebSocket."""
     data: dict[str, object] = {"reason": problem.detail or problem.title, "code": problem.code}
     data |= {"status": problem.status, "request_id": request_id}
-    if isinstance(problem, RateExceeded):
+    if isinstance(problem, RateExceeded | ReducedCapacity):
         data["retry_after_seconds"] = problem.retry_after
     return pydantic_core.to_json({"event": "error", "data": data}).decode()
 

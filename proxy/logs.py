@@ -14,7 +14,9 @@ import traceback
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii
+from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import Full, Queue
 from typing import Final, Literal, TextIO, override
 
 MOST_WAITING: Final = 10_000
@@ -131,6 +133,39 @@ class LineHandler(logging.Handler):
         self.writer.flush(1.0)
 
 
+class BackgroundHandler(QueueHandler):
+    """Hands records to another handler from a thread of its own: a disk that hangs stops nobody."""
+
+    queue: "Queue[logging.LogRecord]"
+
+    def __init__(self, handler: logging.Handler, *, most: int = MOST_WAITING) -> None:
+        super().__init__(Queue(most))
+        self.dropped = 0
+        """Records lost, since there was no room to keep them."""
+        self._handler = handler
+        threading.Thread(target=self._run, name="audit", daemon=True).start()
+
+    @override
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except Full:
+            self.dropped += 1
+
+    @override
+    def flush(self) -> None:
+        """Wait until everything is written, for a second at most."""
+        until = time.monotonic() + 1
+        while self.queue.unfinished_tasks and time.monotonic() < until:
+            time.sleep(0.002)
+
+    def _run(self) -> None:
+        while True:
+            record = self.queue.get()
+            self._handler.handle(record)
+            self.queue.task_done()
+
+
 class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, level, event, and the record's fields."""
 
@@ -193,6 +228,8 @@ def configure_logging(level: str, stream: TextIO, style: Literal["json", "text",
     writer = LineWriter(stream.fileno())
     handler = LineHandler(writer, style=(lambda line: make_readable(line, colours=colours)) if readable else None)
     logging.raiseExceptions = False  # a log that cannot be written stops nothing
+    # What no line shows need not be looked up for each.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers = [handler]
     set_level(level)
@@ -219,8 +256,10 @@ def set_level(level: str) -> None:
 
 
 def lines_dropped() -> int:
-    """Give how many lines this process has lost."""
-    return sum(handler.writer.dropped for handler in logging.getLogger().handlers if isinstance(handler, LineHandler))
+    """Give how many lines this process has lost, those of the audit log included."""
+    handlers = [*logging.getLogger().handlers, *logging.getLogger("agentflow_proxy.audit").handlers]
+    lost = sum(handler.writer.dropped for handler in handlers if isinstance(handler, LineHandler))
+    return lost + sum(handler.dropped for handler in handlers if isinstance(handler, BackgroundHandler))
 
 
 def place_of(error: BaseException) -> str:

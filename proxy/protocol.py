@@ -4,18 +4,25 @@ That is pipelining, bodies behind an upgrade, and upgrades of what is no WebSock
 mean.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, override
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, cast, override
 
 import pydantic_core
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.datastructures import Headers as Fields
+from websockets.frames import Frame
+from websockets.http11 import MAX_LINE_LENGTH, MAX_NUM_HEADERS, Request
+from websockets.server import ServerProtocol
 
-from proxy.model import DRAIN
+from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
-_KEY_LENGTH: Final = 24  # 16 bytes in base64
+_SWITCHING: Final = 101
+_AROUND: Final = 16
+"""Bytes of a line beside a field's name and value, or beside the target."""
 _ANNOUNCE_A_BODY: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 
@@ -23,18 +30,73 @@ class RefusedError(Exception):
     """Raised inside the parser to stop it; uvicorn then calls `send_400_response`."""
 
 
-class OneAtATime(HttpToolsProtocol):
+class CycleInbox(Inbox):
+    """What a client sends in one request. The task and the timer that it spares cost 60 k instructions a request."""
+
+    __slots__ = ("_cycle", "_left")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._left: Callable[[], None] | None = None
+
+    @override
+    def __call__(self) -> Awaitable[Message]:
+        return cast("Receive", self._cycle.receive)()
+
+    @override
+    def take_body(self) -> bytes | None:
+        cycle = self._cycle
+        if cycle.more_body or not cycle.body or cycle.disconnected or cycle.waiting_for_100_continue:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        cycle.message_event.clear()
+        return body
+
+    @override
+    def on_leave(self, left: Callable[[], None] | None) -> None:
+        self._left = left
+        if left is None:
+            return
+        if self._cycle.disconnected:
+            asyncio.get_running_loop().call_soon(self.tell_left)
+        else:
+            self._cycle.flow.resume_reading()  # a long body pauses it, and who does not read hears nobody leave
+
+    def tell_left(self) -> None:
+        """Take in that the connection is lost, before its answer was complete or after."""
+        left, self._left = self._left, None
+        if left is not None and self._cycle.disconnected:
+            left()
+
+
+class Leaving:
+    """A part of a protocol: gives up a connection that does not get closed."""
+
+    transport: asyncio.Transport
+    _was_closing = False
+
+    def give_up_closing(self) -> None:
+        """Abort a connection that was closing already when this was called before: its client does not read.
+
+        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
+        """
+        if self.transport.is_closing():
+            if self._was_closing:
+                self.transport.abort()
+            self._was_closing = True
+
+
+class OneAtATime(Leaving, HttpToolsProtocol):
     """One request on a connection at a time.
 
     uvicorn queues pipelined requests without bound, and tells only the newest of them that the client left; and
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
 
-    _was_closing = False
-
     def __init__(self, *args: Any, note_refusal: Callable[..., None] | None = None, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
+        self._inbox: CycleInbox | None = None
 
     @override
     def on_message_begin(self) -> None:
@@ -49,17 +111,30 @@ class OneAtATime(HttpToolsProtocol):
         super().on_headers_complete()
 
     @override
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        inbox = self._inbox = CycleInbox(cycle)
+
+        def with_inbox(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # noqa: ARG001  ours instead
+            return cast("App", app)(scope, inbox, send)
+
+        super()._start_asgi_task(cycle, with_inbox)  # type: ignore[arg-type]  # uvicorn's types name every message
+
+    @override
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._inbox is not None:
+            self._inbox.tell_left()
+
+    @override
     def _should_upgrade(self) -> bool:
         """Upgrade a WebSocket's path, when it is asked for as RFC 6455 §4.2.1 says; the rest stays a request."""
         if self.url.partition(b"?")[0].decode("latin-1") not in _WEBSOCKETS or self.scope["method"] != "GET":
             return False
-        fields = dict(self.headers)
-        is_complete = (
-            fields.get(b"sec-websocket-version") == b"13"
-            and len(fields.get(b"sec-websocket-key", b"")) == _KEY_LENGTH
-            and self.scope["http_version"] == "1.1"
+        return (
+            self.scope["http_version"] == "1.1"
+            and super()._should_upgrade()
+            and opens_a_websocket(self.url, self.headers)
         )
-        return is_complete and super()._should_upgrade()
 
     @override
     def send_400_response(self, msg: str) -> None:
@@ -75,22 +150,50 @@ class OneAtATime(HttpToolsProtocol):
         if self._note_refusal is not None:
             self._note_refusal(self.client, reason=msg, sent=len(body))
 
-    def give_up_closing(self) -> None:
-        """Abort a connection that was closing already when this was called before: its client does not read.
-
-        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
-        """
-        if self.transport.is_closing():
-            if self._was_closing:
-                self.transport.abort()
-            self._was_closing = True
-
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
 
-class Conversation(WebSocketsSansIOProtocol):
-    """uvicorn's WebSocket, which tells the application that the process is to end rather than closing at once."""
+def opens_a_websocket(target: bytes, headers: Headers) -> bool:
+    """Say whether the server of WebSockets takes this request: what it refuses is answered as a request instead.
+
+    It answers some of what it refuses with nothing at all, and nobody would hear of any.
+    """
+    if len(headers) > MAX_NUM_HEADERS or len(target) + _AROUND > MAX_LINE_LENGTH:
+        return False
+    if any(len(name) + len(value) + _AROUND > MAX_LINE_LENGTH for name, value in headers):
+        return False
+    fields = Fields([(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers])
+    return ServerProtocol().accept(Request(target.decode("latin-1"), fields)).status_code == _SWITCHING
+
+
+class Conversation(Leaving, WebSocketsSansIOProtocol):
+    """uvicorn's WebSocket, which tells the application that the process is to end rather than closing at once.
+
+    Pongs are held only for a client that reads, and of a message that comes in parts their bytes alone: the parts may
+    be endless, and empty.
+    """
+
+    _begun = bytearray()
+
+    def _pong(self) -> None:
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()  # dropped: RFC 6455 §5.5.3 lets a pong stand for the pings before it
+
+    def _go_on(self, event: Frame) -> None:
+        if self.frames:
+            self._begun = bytearray(self.frames.pop())
+        self._begun += event.data
+        if event.fin:
+            self.frames = [bytes(self._begun)]
+            self._begun = bytearray()
+            self.send_receive_event_to_app()
+
+    # uvicorn's own names
+    handle_ping = _pong
+    handle_cont = _go_on
 
     @override
     def shutdown(self) -> None:

@@ -22,10 +22,10 @@ from proxy import audit
 from proxy.app import create_app, make_pool
 from proxy.environment import SettingsError
 from proxy.keystore import SqlKeyStore
-from proxy.logs import JsonFormatter, set_level
+from proxy.logs import BackgroundHandler, JsonFormatter, set_level
 from proxy.model import Lifecycle
 from proxy.outages import KeyStoreDown
-from proxy.protocol import Conversation, OneAtATime
+from proxy.protocol import Conversation, Leaving, OneAtATime
 from proxy.reload import Reload
 from proxy.settings import Settings
 from proxy.telemetry import Share, begin_telemetry
@@ -59,10 +59,11 @@ class AuditFile(WatchedFileHandler):
         return super()._open()
 
 
-def configure_audit(path: Path | None) -> None:
+def configure_audit(path: Path | None, *, background: bool = False) -> None:
     """Send the audit log to the file `path`, or where every line goes. Raises SettingsError.
 
-    It is written whatever the level is. The file may be moved away at any time; a new one is begun.
+    In the `background` nobody waits until it is written. It is written whatever the level is. The file may be moved
+    away at any time; a new one is begun.
     """
     audit.log.setLevel(logging.INFO)
     if path is None:
@@ -72,7 +73,7 @@ def configure_audit(path: Path | None) -> None:
     except OSError as error:
         raise SettingsError([f"PROXY_AUDIT_FILE: {path} cannot be written: {error.strerror}"]) from error
     handler.setFormatter(JsonFormatter())
-    audit.log.handlers = [handler]
+    audit.log.handlers = [BackgroundHandler(handler) if background else handler]
     audit.log.propagate = False
 
 
@@ -178,7 +179,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if counter % _LINGER_TICKS == 0:
             for connection in list(self.server_state.connections):
-                if isinstance(connection, OneAtATime):
+                if isinstance(connection, Leaving):
                     connection.give_up_closing()
         return await super().on_tick(counter)
 
@@ -239,7 +240,7 @@ def build(
     With the `environment` that the settings come from, SIGHUP reads it again.
     `share` is what one of several workers has in common with the others, where there are metrics.
     """
-    configure_audit(settings.audit_file)
+    configure_audit(settings.audit_file, background=True)
     if settings.database_url is not None:
         require_schema(settings.database_url.get_secret_value())
     lifecycle = Lifecycle()

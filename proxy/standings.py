@@ -5,8 +5,7 @@ Pure: counts come in as they were read, wherever they are kept; nothing here kee
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.errors import RateExceeded
 from proxy.model import Headers
@@ -15,8 +14,7 @@ from proxy.policies import Plan, Quota, Strategy, Unit
 MICROSECONDS: Final = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """Of one quota: whether the request fits, what remains, the seconds until that grows, and until it fits.
 
     0 seconds: nobody knows, since it depends on when runs end.

@@ -6,7 +6,7 @@ On a connection of its own, closed afterwards; reads the answer all the while, s
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -14,13 +14,13 @@ from proxy.answers import Answer
 from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft
 from proxy.model import Headers, Receive, UpstreamRequest
 from proxy.outages import (
-    PoolExhausted,
     UpstreamCut,
     UpstreamDeadline,
     UpstreamMalformed,
     UpstreamProblem,
     require_trust,
 )
+from proxy.places import Places
 
 MAX_ANSWER_BYTES: Final = 16 << 20
 _MAX_WAITING_BYTES: Final = 65_536
@@ -29,11 +29,10 @@ _READ_BYTES: Final = 65_536
 
 @dataclass(frozen=True, slots=True)
 class UploadRules:
-    """At most `most` bytes within `seconds`, `at_once` at a time; `connect` seconds for the sidecar to accept."""
+    """At most `most` bytes within `seconds`; `connect` seconds for the sidecar to accept."""
 
     most: int
     seconds: float
-    at_once: int
     connect: float
 
 
@@ -46,29 +45,24 @@ class _Progress:
 
 @dataclass(slots=True)
 class Uploads:
-    """Sends uploads to the sidecar at `url`."""
+    """Sends uploads to the sidecar at `url`, as many at once as there are `places`."""
 
     url: str
     rules: UploadRules
-    running: int = field(default=0, init=False)
+    places: Places
 
-    async def pass_on(self, request: UpstreamRequest, headers: Headers, receive: Receive) -> Answer:
+    async def pass_on(self, request: UpstreamRequest, headers: Headers, receive: Receive, *, caller: str) -> Answer:
         """Send the body that `receive` gives with `request`, and give the whole answer.
 
         `headers` are the client's. Raises BodyUnsupported, BodyTooLarge (by the announced length already),
-        BodyTimeout, ClientLeft, PoolExhausted or an UpstreamProblem.
+        BodyTimeout, ClientLeft, RateExceeded or PoolExhausted (see `places`) or an UpstreamProblem.
         """
         framing = self._framing(headers)
-        if self.running >= self.rules.at_once:
-            raise PoolExhausted
-        self.running += 1
-        try:
+        with self.places.one(caller):
             async with self._connected() as (reader, writer):
                 writer.write(_head(request, urlsplit(self.url).netloc.encode(), framing))
                 chunked = (b"transfer-encoding", b"chunked") in framing
                 return await self._exchange(reader, writer, receive, chunked=chunked)
-        finally:
-            self.running -= 1
 
     def _framing(self, headers: Headers) -> Headers:
         """Give the fields that tell the sidecar of the body: its type, and its length or chunks."""

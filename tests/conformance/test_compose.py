@@ -13,17 +13,31 @@ from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
+import yaml
 
 from agent_service.settings import read_settings
 from proxy.authentication import PUBLIC
 from proxy.environment import load
 from proxy.operations import OPERATIONS
-from tests.support.compose import BASE, DEPLOY, PROVIDER, REFERENCE, SCALE, environment, interpolated, merged, read
+from tests.support.compose import (
+    BASE,
+    DEPLOY,
+    OBSERVE,
+    PROVIDER,
+    REFERENCE,
+    SCALE,
+    environment,
+    interpolated,
+    merged,
+    read,
+)
 
-FILES = [BASE, PROVIDER, SCALE]
+FILES = [BASE, OBSERVE, PROVIDER, SCALE]
 SERVICES = ["nginx", "proxy", "agent"]
 SETUPS = ["agent-setup", "proxy-setup"]
+WATCHERS = ["prometheus", "grafana"]
 SCALED = [*SERVICES, "balancer", *SETUPS, "postgres", "redis"]
+PROVISIONING = DEPLOY / "grafana" / "provisioning"
 EXAMPLE = re.compile(r"^# (?P<name>[A-Z][A-Z0-9_]*)=(?P<default>.*)$", re.MULTILINE)
 
 
@@ -37,6 +51,12 @@ def compose() -> dict[str, Any]:
 def scaled() -> dict[str, Any]:
     """Give the deployment with several agents and proxies."""
     return merged(BASE, SCALE)
+
+
+@pytest.fixture(scope="module")
+def observed() -> dict[str, Any]:
+    """Give all of it, watched."""
+    return merged(BASE, SCALE, OBSERVE)
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +103,13 @@ def test_agent_meets_nobody_but_the_proxy(compose: dict[str, Any], provider: dic
     assert provider["services"]["agent"].keys() == {"networks", "environment", "secrets"}
 
 
-@pytest.mark.parametrize("name", SCALED)
-def test_service_has_no_more_rights_than_it_needs(scaled: dict[str, Any], name: str) -> None:
+@pytest.mark.parametrize("name", [*SCALED, *WATCHERS])
+def test_service_has_no_more_rights_than_it_needs(observed: dict[str, Any], name: str) -> None:
     """A service that is taken over finds no root, no capability, no file to change and no end to its means."""
-    service = scaled["services"][name]
+    service = observed["services"][name]
 
-    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
+    assert re.fullmatch(r"[1-9]\d*:(0|[1-9]\d*)", service["user"])
+    assert service["user"].endswith(":0") == (name == "grafana")  # whose image gives its files to that group
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
@@ -143,6 +164,38 @@ def test_setups_are_done_before_whoever_needs_them(scaled: dict[str, Any]) -> No
         assert (services[name]["image"], services[name]["user"]) == (services[tier]["image"], services[tier]["user"])
         assert set(services[name]["secrets"]) < set(services[tier]["secrets"])
         assert services[name]["restart"].startswith("on-failure")
+
+
+def test_metrics_are_asked_for_and_shown(observed: dict[str, Any]) -> None:
+    """Prometheus asks where every proxy serves, with our alerts; Grafana asks it, and has our dashboard."""
+    services = observed["services"]
+    members = {
+        network: sorted(name for name, service in services.items() if network in service["networks"])
+        for network in ("metrics", "viewers")
+    }
+    settings = environment(services["proxy"])
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    (source,) = yaml.safe_load((PROVISIONING / "datasources" / "prometheus.yml").read_text())["datasources"]
+    (folder,) = yaml.safe_load((PROVISIONING / "dashboards" / "agentflow-proxy.yml").read_text())["providers"]
+    alerts = (DEPLOY / "prometheus" / "alerts.yml").read_text()
+    mounted = {mount["source"]: mount["target"] for name in WATCHERS for mount in services[name]["volumes"]}
+
+    assert members == {"metrics": ["grafana", "prometheus", "proxy"], "viewers": ["grafana"]}
+    assert observed["networks"]["metrics"] == {"internal": True}
+    assert [name for name, service in services.items() if "ports" in service] == ["nginx", "grafana"]
+    assert [interpolated(port) for port in services["grafana"]["ports"]] == ["127.0.0.1:3000:3000"]
+    assert job["dns_sd_configs"] == [{"names": ["proxy"], "type": "A", "port": int(settings["PROXY_METRICS_PORT"])}]
+    assert set(re.findall(r'job="([^"]+)"', alerts)) == {job["job_name"]}
+    assert config["rule_files"] == ["alerts.yml"]
+    assert source["url"] == "http://prometheus:9090"
+    assert source["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+    assert mounted["./grafana/agentflow-proxy.json"].rpartition("/")[0] == folder["options"]["path"]
+    assert (mounted["./prometheus"], mounted["./grafana/provisioning"]) == (
+        "/etc/prometheus",
+        "/etc/grafana/provisioning",
+    )
+    assert [path for path in _paths(observed) if not path.exists()] == []
 
 
 def test_several_of_a_tier_can_run(scaled: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
+from html import escape
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 
 from tests.support.installation import Installation, installed
 from tests.support.load import Load, steady_load
+from tests.support.panels import DASHBOARD, Scrape, evaluate, panels
 from tests.support.proxy import start_proxy, stop_proxy
 
 # Eight processes start before the first test, and on a busy machine each takes its time.
@@ -26,7 +28,8 @@ STREAMS = 30
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Run the whole of it."""
-    with installed(tmp_path_factory.mktemp("installation"), agents=3, proxies=2) as running:
+    settings = {"PROXY_METRICS_PORT": "0", "PROXY_RATE_LIMIT": "100000/minute"}
+    with installed(tmp_path_factory.mktemp("installation"), agents=3, proxies=2, **settings) as running:
         yield running
 
 
@@ -56,6 +59,33 @@ def test_a_thread_goes_on_on_another_agent(installation: Installation) -> None:
     assert served == set(installation.agents)
     for words in recalled:
         assert [fruit for fruit in ("fig", "plum", "pear", "sloe", "lime", "date") if fruit not in words] == []
+
+
+def test_every_panel_of_the_dashboard_shows_data(installation: Installation) -> None:
+    """After an invoke, a stream and a refusal each query finds something; the picture in docs/ has the same panels."""
+
+    def scrape() -> Scrape:
+        told = {address: httpx.get(proxy.metrics_url).text for address, proxy in installation.proxies.items()}
+        return Scrape.of(time.monotonic(), told)
+
+    scrapes = [scrape()]
+    with installation.client() as client:
+        spoken(client.post("/agent/invoke", json={"text": "hi"}))
+        assert client.post("/agent/stream", json={"text": "hi"}).status_code == 200
+        assert client.post("/agent/invoke", json={"text": 5}).status_code == 422
+        spoken(client.post("/agent/invoke", json={"text": "hi"}))
+    time.sleep(0.3)  # the event loop's lateness is sampled four times a second
+    scrapes.append(scrape())
+    shown = [panel for panel in panels() if panel["type"] != "row"]
+
+    assert [
+        (panel["title"], target["expr"])
+        for panel in shown
+        for target in panel["targets"]
+        if not evaluate(target["expr"], scrapes)
+    ] == []
+    picture = DASHBOARD.parents[2] / "docs" / "dashboard.svg"
+    assert [panel["title"] for panel in shown if f">{escape(panel['title'])}<" not in picture.read_text()] == []
 
 
 def test_anothers_thread_stays_closed_on_every_agent(installation: Installation) -> None:

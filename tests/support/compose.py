@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 BASE = "docker-compose.yml"
 SCALE = "docker-compose.scale.yml"
+OBSERVE = "docker-compose.observe.yml"
 PROVIDER = "docker-compose.provider.yml"
 REFERENCE = re.compile(r"\$\{(?P<name>\w+)(?::[-?](?P<default>[^}]*))?\}")
 REPLACED = frozenset({"command", "entrypoint", "test"})

@@ -2,12 +2,14 @@
 
 import logging
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from proxy import audit
+from proxy.logs import BackgroundHandler, lines_dropped
 from proxy.server import configure_audit
 
 
@@ -44,3 +46,39 @@ def test_a_file_that_cannot_be_begun_stops_nothing(file: Path) -> None:
     audit.write("key.refused", reason="key revoked")
 
     assert "key revoked" in file.read_text()
+
+
+class _Stuck(logging.Handler):
+    """A file on a disk that answers only when it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = threading.Event()
+        self.reached = threading.Event()
+        self.written: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reached.set()
+        assert self.let_go.wait(30)
+        self.written.append(record.getMessage())
+
+
+def test_a_disk_that_hangs_stops_nobody(file: Path) -> None:
+    """Whoever writes goes on at once; what there is no room for is counted, the rest is written in the end."""
+    stuck = _Stuck()
+    assert file.exists()
+    for handler in audit.log.handlers:
+        handler.close()
+    audit.log.handlers = [background] = [BackgroundHandler(stuck, most=3)]
+    before = lines_dropped()
+
+    audit.write("first")
+    assert stuck.reached.wait(30)
+    for number in range(5):
+        audit.write(f"event-{number}")
+    lost = lines_dropped() - before
+    stuck.let_go.set()
+    background.flush()
+
+    assert lost == 2
+    assert stuck.written == ["first", "event-0", "event-1", "event-2"]

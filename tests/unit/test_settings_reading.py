@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from proxy.environment import SECRETS, SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text
-from proxy.model import Deadlines, StoredKey
+from proxy.model import Deadlines
 from proxy.settings import Settings
+from proxy.storedkeys import StoredKey
 
 AGENT = "agent-secret-of-enough-bytes-0001"
 JWT = "jwt-secret-of-more-than-32-bytes-0002"
@@ -86,6 +87,8 @@ BAD: dict[str, list[str]] = {
     "allow_client_tools": ["sometimes"],
     "max_upload_bytes": ["1023", str((1 << 32) + 1), "1MB"],
     "upload_timeout_seconds": SECONDS,
+    "uploads_per_caller": ["0", "65537", "x"],
+    "websockets_per_caller": ["0", "65537", "x"],
     "uploads_at_once": ["0", "65537", "x"],
     "websocket_idle_seconds": SECONDS,
     "websocket_total_seconds": SECONDS,

@@ -3,7 +3,6 @@
 Runs with the product's interpreter. `TIMED` follows `proxy.routes`: add a row where that gains a phase.
 """
 
-import asyncio
 import functools
 import inspect
 import logging
@@ -11,7 +10,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,8 +29,11 @@ from proxy.app import create_app
 from proxy.authentication import Authentication, Authenticator
 from proxy.environment import load
 from proxy.logs import configure_logging
+from proxy.metrics import Metrics
+from proxy.model import Inbox
 from proxy.relay import Relay
 from proxy.settings import Settings
+from proxy.telemetry import Telemetry
 from proxy.tokens import InternalIdentity
 
 ROUNDS = 7
@@ -48,8 +50,9 @@ TIMED: tuple[tuple[str, Any, str], ...] = (
     ("tenancy: bind the body", proxy.routes, "bind_run"),
     ("forward: internal identity", InternalIdentity, "token"),
     ("forward: headers", proxy.routes, "request_upstream"),
-    ("relay: upstream and back", Relay, "relay"),
+    ("relay: upstream and back", Relay, "_relay_run"),
     ("observability: access line", AccessLog, "end"),
+    ("observability: metrics", Metrics, "end"),
 )
 
 
@@ -94,16 +97,14 @@ async def _discard(message: Any) -> None:  # noqa: ANN401  an ASGI message
     del message
 
 
-def _receiver() -> Callable[[], Awaitable[dict[str, Any]]]:
-    waiting = [{"type": "http.request", "body": BODY, "more_body": False}]
+class _Here(Inbox):
+    """An invoke's inbox as our server has it: the whole body has come, and the client stays."""
 
-    async def receive() -> dict[str, Any]:
-        if waiting:
-            return waiting.pop()
-        await asyncio.get_running_loop().create_future()
-        return {"type": "http.disconnect"}
+    def take_body(self) -> bytes:
+        return BODY
 
-    return receive
+    def on_leave(self, left: Callable[[], None] | None) -> None:
+        del left
 
 
 def _scope(token: str) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def _scope(token: str) -> dict[str, Any]:
 
 async def measure(settings: Settings, clock: Clock) -> tuple[dict[str, float], float]:
     """Give the µs of CPU of each phase, and of a whole invoke without the server around it; medians of rounds."""
-    app = create_app(settings)
+    app = create_app(settings, telemetry=Telemetry(Metrics()))
     token = make_token("caller-0")
     samples: dict[str, list[float]] = {label: [] for label in clock.spent}
     wholes = []
@@ -141,7 +142,7 @@ async def measure(settings: Settings, clock: Clock) -> tuple[dict[str, float], f
         before = dict(clock.spent)
         start = time.thread_time_ns()
         for _ in range(REQUESTS):
-            await app(_scope(token), _receiver(), _discard)
+            await app(_scope(token), _Here(), _discard)
         wholes.append((time.thread_time_ns() - start) / REQUESTS / 1000)
         for label, spent in clock.spent.items():
             samples[label].append((spent - before[label]) / REQUESTS / 1000)

@@ -65,10 +65,9 @@ def decode_strictly(raw: bytes) -> dict[str, Any]:
     token may see two. Raises CredentialInvalid.
     """
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite
-        )
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
+        value = _DECODER.decode(raw.decode("utf-8"))
+        if b"\\u" in raw:  # the only way in which a lone surrogate could be written
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise CredentialInvalid(reason="not one JSON text") from error
     if not isinstance(value, dict):
@@ -102,6 +101,10 @@ def _finite(text: str) -> float:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(text)
+
+
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+"""Made once: `json.loads` would make one for each text, which takes as long as to read it."""
 
 
 def _text(header: Mapping[str, Any], name: str) -> str | None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Any, Final, NoReturn, override
 
@@ -22,6 +23,7 @@ from proxy.standings import seconds_to_room, weighted
 from proxy.windows import BoundedMemoryStorage
 
 _STRATEGY: Final = "sliding-window-counter"
+_REMEMBERED_ADDRESSES: Final = 4096
 
 
 class QuietLimiter(Limiter):
@@ -155,6 +157,7 @@ def _policies(notation: str, name: str) -> tuple[_Policy, ...]:
     )
 
 
+@lru_cache(_REMEMBERED_ADDRESSES)
 def address_partition(address: str) -> str:
     """Give what an address counts as: itself, or its /64 for IPv6 (one subscriber's, RFC 6177)."""
     host, _, port = address.rpartition(":")

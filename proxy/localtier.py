@@ -77,6 +77,15 @@ class LocalTier:
         """Count a run whose slot was taken elsewhere."""
         self._running[key] = self._running.get(key, 0) + 1
 
+    def note(self, quota: Quota, key: str) -> None:
+        """Count what was charged elsewhere, so that this process knows its part of it."""
+        if quota.strategy is Strategy.CONCURRENCY:
+            self.enter(key)
+        elif quota.strategy is Strategy.MOVING:
+            self._storage.acquire_entry(key, quota.amount, quota.window, quota.cost)
+        else:
+            self._storage.add(key, quota.window, quota.cost)
+
     def leave(self, key: str, lease: str = "") -> None:  # noqa: ARG002  one slot is like another
         """Free a slot."""
         count = self._running[key] - 1

@@ -228,6 +228,8 @@ def configure_logging(level: str, stream: TextIO, style: Literal["json", "text",
     writer = LineWriter(stream.fileno())
     handler = LineHandler(writer, style=(lambda line: make_readable(line, colours=colours)) if readable else None)
     logging.raiseExceptions = False  # a log that cannot be written stops nothing
+    # What no line shows need not be looked up for each.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     root = logging.getLogger()
     root.handlers = [handler]
     set_level(level)

@@ -48,10 +48,13 @@ def read_script(name: str) -> Script:
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def connect(url: str) -> redis.Redis | RedisCluster:
-    """Make a client; it connects when it is first used. Raises ValueError for a URL that is none of FORMS."""
+def connect(url: str, *, timeout: float = CONNECT_SECONDS) -> redis.Redis | RedisCluster:
+    """Make a client that waits at most `timeout` seconds for an answer; it connects when it is first used.
+
+    Raises ValueError for a URL that is none of FORMS.
+    """
     parts = urlsplit(url)
-    options: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": CONNECT_SECONDS}
+    options: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": timeout}
     options |= {"retry": Retry(NoBackoff(), 0), "decode_responses": True, "protocol": 2}
     if parts.scheme in ("redis", "rediss", "unix"):
         return redis.Redis.from_url(url, **options, max_connections=4)
@@ -102,7 +105,7 @@ class Courier:
     """
 
     def __init__(self, url: str, *, timeout: float, ticks: Callable[[], float] = time.monotonic) -> None:
-        self._client = connect(url)
+        self._client = connect(url, timeout=timeout + CONNECT_SECONDS)  # ours runs out first
         self._timeout = timeout
         self._ticks = ticks
         self._waiting: list[_Call] = []

@@ -33,7 +33,7 @@ class SharedTier:
     """The counts on Redis, and what this process holds of them.
 
     `prefix` begins every key. A lease lasts `lease_seconds` unless it is renewed, which it is thrice in that time.
-    `local` learns of every slot, so that it knows them should Redis fail.
+    `local` learns of all that is admitted here, so that it knows this process's part should Redis fail.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class SharedTier:
             self._doubt(plan, keys, lease)
             raise
         admitted, standings = self._read(plan, answer)
-        if plan.holds:
-            for quota, key, standing in zip(plan.quotas, keys, standings, strict=True):
-                if quota.unit is Unit.TOKENS:
-                    self._know(key, standing.remaining)
-                elif admitted and standing.fits and quota.unit is Unit.RUNS:
-                    self._local.enter(key)
+        for quota, key, standing in zip(plan.quotas, keys, standings, strict=True):
+            if quota.unit is Unit.TOKENS:
+                self._know(key, standing.remaining)
+            elif admitted and standing.fits:
+                self._local.note(quota, key)
+                if quota.unit is Unit.RUNS:
                     self.hold(key, lease)
         return admitted, standings
 
@@ -137,8 +137,9 @@ class SharedTier:
         if over:
             self._over.add(key)
             self._wake.set()
+        has_left = self._local.charge(quota, key, amount, over=over)
         if self.is_down:
-            return self._local.charge(quota, key, amount, over=over)
+            return has_left
         left = self._left.get(key)
         if left is None:
             return True

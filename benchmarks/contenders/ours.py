@@ -23,6 +23,7 @@ def environment(place: Place) -> dict[str, str]:
         PROXY_RATE_LIMIT=f"{place.per_minute}/minute",
         PROXY_AUTH_FAILURE_LIMIT="off",
         PROXY_POOL_CONNECTIONS="16384",
+        PROXY_METRICS_PORT="0",
     )
 
 
@@ -49,7 +50,7 @@ def _describe(tree: os.PathLike[str]) -> str:
 OURS = Contender(
     "ours",
     "agentflow-proxy",
-    "everything on: JWT, tenancy, limit with RateLimit headers, access line",
+    "everything on: JWT, tenancy, limit with RateLimit headers, access line, usage, metrics",
     _prepare,
     ours=True,
 )

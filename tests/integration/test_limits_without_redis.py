@@ -133,6 +133,22 @@ def test_each_proxy_enforces_its_share_and_tells_redis_afterwards(local: House, 
         assert remaining(local.invoke(f"steady-{fault}")) == 6
 
 
+def test_what_was_admitted_before_the_failure_counts_against_the_share(local: House, redis: Redis) -> None:
+    """Who has had his quarter here gets none again because Redis fails: spread evenly, the total still holds."""
+    before = [local.invoke("spender") for _ in range(2)]
+
+    redis.pause()
+    local.event("limits.degraded", lambda: local.invoke(f"unlucky-{time.monotonic_ns()}"))
+    meanwhile = local.invoke("spender")
+    redis.resume()
+    local.event("limits.recovered")
+    after = local.invoke("spender")
+
+    assert [answer.status for answer in before] == [200, 200]
+    assert meanwhile.status == 429
+    assert (after.status, remaining(after)) == (200, 5)
+
+
 def test_a_redis_that_forgot_the_script_is_told_it_again(local: House, redis: Redis) -> None:
     """Nobody notices: the script is loaded within the same decision."""
     local.invoke("reader")

@@ -92,3 +92,15 @@ async def test_an_outage_leaves_a_bounded_memory_of_what_ran_meanwhile() -> None
             kept = sum(len(leases) for leases in shared._freed.values())
 
     assert kept < 100
+
+
+async def test_a_deadline_longer_than_a_second_is_kept() -> None:
+    """Where `PROXY_REDIS_TIMEOUT_SECONDS` is five, a Redis that takes one has not failed."""
+    plan = parse_policies('[[policies]]\nname = "requests"\nrate = "1000/day"').plan("invoke")
+    with running_redis() as redis:
+        shared = SharedTier(Courier(redis.url, timeout=5), LocalTier(), prefix="p", lease_seconds=25, without="local")
+        async with shared.watching():
+            redis.ask("CLIENT PAUSE 1200 ALL")
+            admitted, _ = await shared.decide(plan, [f"{{a}}:{quota.key}" for quota in plan.quotas], "lease")
+
+    assert admitted

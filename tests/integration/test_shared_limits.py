@@ -7,23 +7,17 @@ this machine may be busy.
 import asyncio
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from tests.support.callers import ask, ask_at_once, invoke
 from tests.support.principals import Principals
-from tests.support.proxy import Proxy, start_proxy, stop_proxy
-from tests.support.raw_upstream import Line, RawUpstream, answer, raw_upstream
-from tests.support.redis import Redis, running_redis
+from tests.support.proxy import Proxy
+from tests.support.redis import running_redis
+from tests.support.replicas import DEADLINE, PROXIES, Counting, House, until
 
-SECRET = "the secret of the agent behind, 32+"
-PROXIES = 4
 CALLERS = 200
-DEADLINE = 30.0
 LIMITS = """
 [[policies]]
 name = "sliding"
@@ -66,78 +60,11 @@ tiers = { edges = "40/second" }
 """
 
 
-@dataclass(slots=True)
-class Counting:
-    """An upstream that does what the text asks for, and counts what runs."""
-
-    running: int = 0
-    most: int = 0
-    seen: int = 0
-
-    async def talk(self, line: Line) -> None:
-        """Answer until the peer has gone."""
-        while request := await line.request():
-            self.running += 1
-            self.seen += 1
-            self.most = max(self.most, self.running)
-            try:
-                if b"crash" in request:
-                    line.reset()
-                    return
-                if b"hang" in request:
-                    await line.gone()
-                    return
-                await asyncio.sleep(0.01)
-            finally:
-                self.running -= 1
-            await line.write(answer(b"{}", "content-type: application/json"))
-
-
-@dataclass(slots=True)
-class House:
-    """Four proxies, their Redis, and who may call."""
-
-    redis: Redis
-    principals: Principals
-    directory: Path
-
-    @asynccontextmanager
-    async def proxies(self, count: int = PROXIES, **environment: str) -> AsyncIterator[tuple[list[Proxy], Counting]]:
-        """Start them before an upstream that counts."""
-        counting = Counting()
-        async with raw_upstream(counting.talk) as upstream:
-            started: list[Proxy] = []
-            try:
-                starts = [asyncio.to_thread(self._start, upstream, environment) for _ in range(count)]
-                started += await asyncio.gather(*starts)
-                yield started, counting
-            finally:
-                for proxy in started:
-                    await asyncio.to_thread(stop_proxy, proxy.process)
-
-    def _start(self, upstream: RawUpstream, environment: dict[str, str]) -> Proxy:
-        settings = {
-            "PROXY_LIMITS": LIMITS,
-            "PROXY_REDIS_URL": self.redis.url,
-            "PROXY_REDIS_TIMEOUT_SECONDS": "5",
-            "PROXY_FIRST_BYTE_TIMEOUT_SECONDS": "1",
-            "PROXY_LEASE_SECONDS": "3",
-        }
-        settings |= self.principals.environment() | environment
-        return start_proxy(self.directory, upstream.url, SECRET, **settings)
-
-    def leases(self) -> int:
-        """Count the leases that Redis holds to, and that have not run out."""
-        now = time.time_ns() // 1000
-        keys = self.redis.ask_all("KEYS agentflow-proxy:*c")
-        return sum(int(self.redis.ask(f"ZCOUNT {key} {now} +inf").removeprefix(":")) for key in keys)
-
-
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     """Run a Redis for all tests here."""
     with running_redis() as redis:
-        yield House(redis, Principals(), tmp_path_factory.mktemp("shared"))
+        yield House(redis, Principals(), tmp_path_factory.mktemp("shared"), LIMITS)
 
 
 @pytest.fixture(scope="module")
@@ -145,14 +72,6 @@ async def four(house: House) -> AsyncIterator[tuple[list[Proxy], Counting]]:
     """Run four proxies for all tests here."""
     async with house.proxies() as running:
         yield running
-
-
-async def until(condition: Callable[[], bool], *, within: float = DEADLINE) -> None:
-    """Wait until something holds."""
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
 
 
 async def test_four_proxies_admit_exactly_the_limit(house: House, four: tuple[list[Proxy], Counting]) -> None:
@@ -224,7 +143,7 @@ async def test_a_dead_proxy_frees_its_leases(house: House) -> None:
 
 
 async def test_a_proxy_that_ends_takes_its_leases_along(house: House) -> None:
-    """SIGTERM while an invoke goes on that its client has left: Redis is told before the end, nothing need expire."""
+    """SIGTERM while an invoke goes on that its client has left: Redis is told, and nothing must run out."""
     longer = {"PROXY_FIRST_BYTE_TIMEOUT_SECONDS": "60", "PROXY_LEASE_SECONDS": "30", "PROXY_GRACE_SECONDS": "0"}
     async with house.proxies(1, **longer) as ((proxy,), counting):
         token = house.principals.token("leaving", tier="dying")

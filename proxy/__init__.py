@@ -12,7 +12,8 @@
 5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
     `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
                       on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
-                      (`redistier`, through `redisclient`). `standings` tells what is left, `leases` hold what runs.
+                      (`redistier`, through `redisclient`; what it must still be told of are `debts`). `standings` tells
+                      what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
                       the `handles` of the principal's files.
@@ -20,15 +21,15 @@
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
                       or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
-                      run has used (of what is long, from its `outlines`), `tallies` add it up; over AG-UI
-                      `aguievents` do both. `runs` knows which go on, and minds those whose client left.
+                      run has used (of what is long, from its `outlines`), `tallies` add it up. AG-UI's are
+                      `aguievents`. `runs` knows which go on, and minds those whose client left.
 11. `observability`   tells its watchers that it has ended: the `accesslog` writes its line, `metrics` count it,
                       `traces` send its spans.
 
 `listing` filters the one answer that is made here. `filing` has the phases of files, and `uploads` sends their bytes
 upstream, named by `handles`; `agui` binds AG-UI's own body; `duplex` relays WebSockets, on which two ends have a
 `conversation` whose messages `frames` binds; of these two there are so many `places`.
-`model`, `errors`, `outages` and `ends` hold what travels;
+`model`, `errors`, `outages` and `ends` hold what travels, `storedkeys` what is kept;
 `keys` are those of a file, `keystore` has those of a database, `keylookup` asks for them and `keycommands` writes them,
 of which `notices` tell every proxy.
 `logs` writes what anybody has to say, and never waits for whoever reads it. The metrics are those of `families`;

@@ -22,6 +22,8 @@ from proxy.redistier import SharedTier
 from proxy.standings import Standing, fields_of, refusal
 
 log: Final = logging.getLogger("agentflow_proxy.limits")
+SHADOW_SECONDS: Final = 10.0
+"""Between two lines of one policy in shadow: what it would refuse may be every request."""
 
 
 class Limits:
@@ -56,6 +58,8 @@ class Limits:
         self._number = 0
         self.decisions: dict[tuple[str, str], int] = {}
         """How often each policy `admitted`, `refused` or `would_refuse`; for whoever counts."""
+        self._shadowed: dict[str, tuple[float, int]] = {}
+        """By policy: when `would_refuse` was logged last, and how often it was not since then."""
         self.replace(policies)
 
     def replace(self, policies: Policies) -> None:
@@ -147,8 +151,7 @@ class Limits:
             if not standing.fits:
                 outcome = "would_refuse" if quota.shadow else "refused"
                 if quota.shadow:
-                    told = {"policy": quota.name, "principal": principal.name, "admitted": admitted}
-                    log.info("limits.would_refuse", extra={"fields": told})
+                    self._tell_shadow(quota.name, principal, admitted=admitted)
             elif not admitted:
                 continue
             key = (quota.policy, outcome)
@@ -157,6 +160,16 @@ class Limits:
         if not admitted:
             raise refusal(plan, standings, fields)
         return fields
+
+    def _tell_shadow(self, policy: str, principal: Principal, *, admitted: bool) -> None:
+        now = self._clock()
+        last, untold = self._shadowed.get(policy, (-SHADOW_SECONDS, 0))
+        if 0 <= now - last < SHADOW_SECONDS:
+            self._shadowed[policy] = last, untold + 1
+            return
+        self._shadowed[policy] = now, 0
+        told = {"policy": policy, "principal": principal.name, "admitted": admitted, "untold": untold}
+        log.info("limits.would_refuse", extra={"fields": told})
 
 
 def limits_of(

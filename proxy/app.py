@@ -4,8 +4,8 @@ Only wiring; decides nothing, and does no work at import.
 """
 
 import hmac
+import os
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from typing import Any, Final, override
@@ -115,7 +115,7 @@ def create_app(
     observability = Observability(
         door,
         clock=time.perf_counter,
-        new_id=lambda: uuid.uuid4().hex,
+        new_id=_new_name,
         trusted_hops=settings.trusted_hops,
         watchers=[AccessLog(), *telemetry.watchers],
     )
@@ -154,9 +154,11 @@ async def _background(
     listening = _listening(settings, keys) if store is not None else nullcontext()
     try:
         async with telemetry.watching(), overload.watching(), keys.watching(), listening, limits.watching():
-            yield
+            try:
+                yield
+            finally:  # before the limits end, which are told what the last runs used and held
+                await runs.close(_LAST_STOPS_SECONDS)
     finally:
-        await runs.close(_LAST_STOPS_SECONDS)
         if store is not None:
             await store.close()
 
@@ -196,6 +198,7 @@ def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[]
         _duplex_rules(settings),
         identity=identity,
         limits=limits,
+        runs=relay.runs,
         overload=overload,
         places=Places(settings.websockets_at_once, settings.websockets_per_caller, "websockets"),
         run_rules=run_rules,
@@ -228,7 +231,8 @@ def _duplex_rules(settings: Settings) -> DuplexRules:
 
 
 def _new_name() -> str:
-    return uuid.uuid4().hex
+    """Choose 128 bits at random, in hex; a UUID would cost eight times as much."""
+    return os.urandom(16).hex()
 
 
 def _uploads(settings: Settings) -> Uploads:

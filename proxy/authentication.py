@@ -34,9 +34,9 @@ from proxy.model import (
     Record,
     Scope,
     Send,
-    StoredKey,
 )
 from proxy.outages import Draining
+from proxy.storedkeys import StoredKey
 from proxy.tokens import TokenVerifier
 
 PUBLIC: Final = frozenset({"/health/live", "/health/ready", "/docs", "/openapi.json"})

@@ -7,46 +7,78 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 from websockets.frames import Close
 
-from proxy.errors import BudgetSpentMidway, ClientLeft, ClientProblem
+from proxy.ends import End
+from proxy.errors import BudgetSpentMidway, ClientLeft, ClientProblem, Problem
 from proxy.frames import ends_a_run, error_frame, is_error
 from proxy.framing import ErrorLines
-from proxy.model import DRAIN, Lease, Receive, Send
+from proxy.model import DRAIN, Lease, Receive, Record, Send, UpstreamRequest, Usage
+from proxy.negotiation import Wish
 from proxy.outages import Draining, ReducedCapacity, RunDeadline, UpstreamCut, UpstreamMalformed
 from proxy.overload import Overload
-from proxy.runs import Spending
+from proxy.runs import Run, Runs, Spending
+from proxy.usage import reader_for
 
 GOING_AWAY: Final = 1001
 IDLE: Final = "idle"
 """The reason of a close for silence."""
 _NORMAL: Final = 1000
+_OVER_UPSTREAM: Final = frozenset({End.UPSTREAM_CUT, End.UPSTREAM_MALFORMED})
+"""Ends after which nothing goes on at the sidecar."""
 MOST_TURNS: Final = 16
 """Runs that one conversation may have asked for: the sidecar runs one after the other, and the rest waits."""
 _REFUSALS_THAT_END: Final = frozenset({401, 403})
 
 
-@dataclass(frozen=True, slots=True)
 class Turn:
-    """One run of a conversation, open from its making to its end: what it spends, and the slot it holds."""
+    """One run of a conversation: what it spends, and the place it holds. Begins when it is made, ends once."""
 
-    spending: Spending
-    lease: Lease
-    overload: Overload
+    def __init__(
+        self,
+        lease: Lease,
+        record: Record,
+        runs: Runs,
+        overload: Overload,
+        *,
+        thread_id: str,
+        stop: Callable[[], UpstreamRequest],
+    ) -> None:
+        self._lease = lease
+        self._record = record
+        self._runs = runs
+        self._overload = overload
+        self._own = replace(record, usage=None, turns=0)
+        self.spending = Spending(reader_for("stream"), lease, self._own)
+        self._run = Run(record, thread_id, stop, Wish.AS_IT_IS, self.spending)
+        runs.begin(self._run)
+        overload.open_runs += 1
+        record.running += 1
 
-    def __post_init__(self) -> None:
-        self.overload.open_runs += 1
+    def stop(self) -> None:
+        """Ask the sidecar to stop it: left alone it goes on until it has something to say."""
+        self._runs.stop(self._run)
 
-    def end(self) -> None:
-        """Charge the rest, and give the slot back. To be asked once."""
-        self.overload.open_runs -= 1
+    def end(self, end: End) -> None:
+        """Give the place back, charge the rest, and add what it has used to what the conversation has."""
+        self._overload.open_runs -= 1
+        self._runs.end(self._run)
+        self._lease.release()
         self.spending.settle()
-        self.lease.release()
+        if self._run.stop_asked and end is End.DONE:
+            end = End.STOPPED
+        record = self._record
+        record.running -= 1
+        record.run_ends = ends = record.run_ends or {}
+        ends[end] = ends.get(end, 0) + 1
+        record.turns += self._own.turns
+        if (used := self._own.usage) is not None:
+            record.usage = used if record.usage is None else _sum_of(record.usage, used)
 
 
 @dataclass(slots=True)
@@ -72,27 +104,40 @@ class Conversation:
         loop = asyncio.get_running_loop()
         end = loop.time() + total
         self._active = loop.time()
-        tasks = {asyncio.create_task(self._up()), asyncio.create_task(self._down())}
+        up, down = asyncio.create_task(self._up()), asyncio.create_task(self._down())
+        why = End.UPSTREAM_CUT
         try:
             while True:
                 due = min(end, self._active + idle)
-                done, _ = await asyncio.wait(tasks, timeout=due - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait((up, down), timeout=due - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+                if up in done:  # which says why, also where the sidecar has closed as well
+                    why = End.CLIENT_LEFT
+                    return up.result()
                 if done:
-                    return done.pop().result()
+                    return down.result()
                 if loop.time() >= end:
                     raise RunDeadline
                 if loop.time() >= self._active + idle:
+                    why = End.IDLE_DEADLINE
                     return Close(GOING_AWAY, IDLE)
+        except Problem as problem:
+            why = problem.end
+            raise
+        except asyncio.CancelledError:
+            why = End.SHUTDOWN
+            raise
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            up.cancel()
+            down.cancel()
+            await asyncio.gather(up, down, return_exceptions=True)
+            if self._turns and why not in _OVER_UPSTREAM:  # the first alone has begun
+                self._turns[0].stop()
             while self._turns:
-                self._turns.popleft().end()
+                self._turns.popleft().end(why)
             await self._part()
 
     async def _up(self) -> Close:
-        """Carry what the client says. Raises ClientLeft when it closed, Draining when we are to end."""
+        """Carry what the client says. Raises ClientLeft when it is gone, Draining when we are to end."""
         while True:
             message = await self.receive()
             if message["type"] == "websocket.disconnect":
@@ -159,7 +204,7 @@ class Conversation:
         turn = self._turns[0]
         in_budget = turn.spending.take(said.encode() + b"\n")
         if ('"done"' in said or '"error"' in said) and ends_a_run(said):
-            self._turns.popleft().end()
+            self._turns.popleft().end(End.UPSTREAM_ERROR if is_error(said) else End.DONE)
             if self._draining and not self._turns:
                 raise Draining
         elif not in_budget and self.stop_over_budget:
@@ -174,9 +219,18 @@ class Conversation:
         return Close(code if is_sendable(code) else _NORMAL, error.rcvd.reason)
 
     async def _part(self) -> None:
-        """Say goodbye to the sidecar, if it has not; this does not wait for an answer longer than a second."""
+        """Say goodbye to the sidecar, if nobody has; it does not wait for an answer longer than a second."""
         with contextlib.suppress(ConnectionClosed, OSError):
             await self.upstream.close(self._goodbye.code, self._goodbye.reason)
+
+
+def _sum_of(one: Usage, other: Usage) -> Usage:
+    return Usage(
+        one.input_tokens + other.input_tokens,
+        one.output_tokens + other.output_tokens,
+        one.total_tokens + other.total_tokens,
+        one.estimated or other.estimated,
+    )
 
 
 def is_sendable(code: int) -> bool:

@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from proxy.conversation import GOING_AWAY, IDLE, Conversation, Turn
 from proxy.credentials import BEARER_SUBPROTOCOL
 from proxy.ends import End
 from proxy.errors import ClientLeft, ClientProblem, CredentialInvalid, Problem, UpgradeRequired
-from proxy.forwarding import request_upstream
+from proxy.forwarding import request_upstream, stop_upstream
 from proxy.frames import bind_frame
 from proxy.framing import ErrorLines
 from proxy.model import RECORD, REPROVE, FlowRules, Lease, Principal, Receive, Record, Scope, Send, UpstreamRequest
@@ -40,10 +41,9 @@ from proxy.outages import (
 from proxy.overload import Overload
 from proxy.places import Places
 from proxy.routes import Phase
-from proxy.runs import Spending, log
+from proxy.runs import Runs, log
 from proxy.tenancy import RunRules, tag_of
 from proxy.tokens import InternalIdentity
-from proxy.usage import reader_for
 
 MAX_MESSAGE_BYTES: Final = 16 << 20
 """The largest message of the sidecar's."""
@@ -74,6 +74,7 @@ class Duplex:
     rules: DuplexRules
     identity: InternalIdentity
     limits: Limits
+    runs: Runs
     overload: Overload
     places: Places
     run_rules: RunRules
@@ -95,15 +96,23 @@ class Duplex:
         if scope["type"] != "websocket":
             raise UpgradeRequired
         with self.places.one(permit.principal.partition):
-            async with self._connected(self._request(permit, scope)) as upstream:
+            request = self._request(permit, scope)
+            async with self._connected(request) as upstream:
                 await receive()  # websocket.connect
                 offers = BEARER_SUBPROTOCOL.decode() in scope["subprotocols"][:1]
                 await _accept(send, BEARER_SUBPROTOCOL.decode() if offers else None)
                 lease.release()  # a run takes a slot, a connection alone does not
-                await self._carry(permit, tag, scope, upstream, receive, send)
+                await self._carry(permit, tag, scope, request, upstream, receive, send)
 
     async def _carry(
-        self, permit: Permit, tag: str, scope: Scope, upstream: ClientConnection, receive: Receive, send: Send
+        self,
+        permit: Permit,
+        tag: str,
+        scope: Scope,
+        request: UpstreamRequest,
+        upstream: ClientConnection,
+        receive: Receive,
+        send: Send,
     ) -> None:
         payer = tag_of(permit.principal.caller, self.thread_secret) if permit.principal.caller else tag
         record: Record = scope[RECORD]
@@ -113,11 +122,12 @@ class Duplex:
             self.overload.require_room(permit.principal.tier)
             lease = await self.limits.admit(permit.principal, payer, permit.operation)
             try:
-                bound, _ = bind_frame(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+                bound, thread_id = bind_frame(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
             except BaseException:
                 lease.release()
                 raise
-            return bound, Turn(Spending(reader_for("stream"), lease, record), lease, self.overload)
+            stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
+            return bound, Turn(lease, record, self.runs, self.overload, thread_id=thread_id, stop=stop)
 
         rules, request_id = self.flow_rules, record.request_id.decode()
 
@@ -151,6 +161,7 @@ class Duplex:
             body=b"",
             identity=self.identity.long_token(permit.principal, self.rules.total),
             request_id=record.request_id,
+            traceparent=record.forward(permit.operation.method, permit.operation.upstream),
         )
 
     @asynccontextmanager

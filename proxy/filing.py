@@ -41,8 +41,15 @@ class Filing:
 
     async def upload(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002  it is released with the request
         """Pass an upload on; its answer tells the caller the file's handle."""
+        record: Record = scope[RECORD]
+
+        async def counted() -> Message:
+            message = await receive()
+            record.received_bytes += len(message.get("body", b""))
+            return message
+
         request, caller = self._upstream(permit, scope), permit.principal.partition
-        answer = await self.uploads.pass_on(request, scope["headers"], receive, caller=caller)
+        answer = await self.uploads.pass_on(request, scope["headers"], counted, caller=caller)
         body = answer.take()
         if answer.status == _OK:
             body = sealed_answer(body, Handles(tag, self.secret))
@@ -81,6 +88,7 @@ class Filing:
             body=b"",
             identity=self.identity.token(permit.principal),
             request_id=record.request_id,
+            traceparent=record.forward(permit.operation.method, permit.operation.upstream),
         )
 
 

@@ -4,7 +4,7 @@ Pure. The upstream's headers are built from nothing but an allow-list; the clien
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -12,7 +12,7 @@ import pydantic_core
 
 from proxy.authorization import Permit
 from proxy.errors import ClientProblem
-from proxy.model import Headers, UpstreamRequest
+from proxy.model import Headers, Principal, UpstreamRequest
 from proxy.operations import Kind
 
 UPWARD: Final = frozenset({b"accept", b"accept-language", b"traceparent", b"tracestate", b"user-agent"})
@@ -30,6 +30,7 @@ NOT_DOWNWARD: Final = HOP_BY_HOP | frozenset(
 """The sidecar's fields that are about itself."""
 STEERING: Final = (b"access-control-", b"x-accel-")
 """Beginnings of the sidecar's fields that steer browsers and nginx, which is our business."""
+_OF_ONE_TRACE: Final = frozenset({b"x-request-id", b"traceparent", b"tracestate"})
 _BODYLESS: Final = frozenset({204, 304})
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9_.:@=+/-]{1,128}")
 
@@ -73,14 +74,19 @@ def request_upstream(
     return UpstreamRequest(permit.operation.method.encode(), target.encode(), tuple(sent), body)
 
 
-def stop_upstream(permit: Permit, *, thread_id: str, identity: bytes, request_id: bytes) -> UpstreamRequest:
-    """Build what asks the sidecar to stop a run: whoever may run may have his own run stopped, so its permit does."""
-    if permit.operation.kind not in (Kind.RUN, Kind.AG_UI):
+def stop_upstream(
+    permit: Permit, identity: Callable[[Principal], bytes], *, thread_id: str, run: UpstreamRequest
+) -> UpstreamRequest:
+    """Build what asks the sidecar to stop a run: whoever may run may have his own run stopped, so its permit does.
+
+    It carries the request id and the trace of the run's own request; `identity` makes a token anew.
+    """
+    if permit.operation.kind not in (Kind.RUN, Kind.AG_UI, Kind.DUPLEX):
         raise ValueError("not the permit of a run")
     fields = (
-        (b"authorization", b"Bearer " + identity),
-        (b"x-request-id", request_id),
+        (b"authorization", b"Bearer " + identity(permit.principal)),
         (b"content-type", b"application/json"),
+        *(field for field in run.headers if field[0] in _OF_ONE_TRACE),
     )
     body = pydantic_core.to_json({"thread_id": thread_id, "config": {}})
     return UpstreamRequest(b"POST", b"/v1/graph/stop", fields, body)

@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from proxy.keylookup import Lookups
-from proxy.model import KeyStore, StoredKey
 from proxy.outages import KeyStoreDown
+from proxy.storedkeys import KeyStore, StoredKey
 
 log: Final = logging.getLogger("agentflow_proxy.keys")
 POLL_SECONDS: Final = 1.5

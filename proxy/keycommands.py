@@ -23,12 +23,12 @@ from proxy.environment import SettingsError, load_key_settings
 from proxy.keys import parse_import, read_entry
 from proxy.keystore import KeyRefusedError, SqlKeyStore
 from proxy.logs import JsonFormatter
-from proxy.model import StoredKey
 from proxy.notices import Notices
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.outages import KeyStoreDown
 from proxy.server import MIGRATE_FIRST, configure_audit
 from proxy.settings import KeySettings
+from proxy.storedkeys import StoredKey
 
 PATIENCE: Final = 30.0
 DAY: Final = 86_400

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from itertools import islice
 from typing import Final
 
-from proxy.model import StoredKey
 from proxy.outages import KeyStoreDown
+from proxy.storedkeys import StoredKey
 
 PACE_SECONDS: Final = 0.02
 """After each query; so there are at most 50 a second."""

@@ -11,9 +11,9 @@ from typing import Annotated, Final
 from pydantic import AwareDatetime, BaseModel, ConfigDict, StringConstraints, ValidationError, field_validator
 
 from proxy.credentials import KEY_PREFIX
-from proxy.model import StoredKey
 from proxy.operations import SCOPES
 from proxy.policies import RATE
+from proxy.storedkeys import StoredKey
 
 DIGEST_FORM: Final = re.compile(r"sha256:([0-9A-Za-z]{12}):([0-9a-f]{64})", re.ASCII)
 _KEY: Final = re.compile(rf"{KEY_PREFIX}_[0-9A-Za-z_]+", re.ASCII)

@@ -18,8 +18,8 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from proxy.migrations import is_at_head, upgrade
-from proxy.model import StoredKey
 from proxy.outages import KeyStoreDown
+from proxy.storedkeys import StoredKey
 
 ANSWER_SECONDS: Final = 1.5
 """How long one answer to a serving process may take; with the time between polls it bounds a revocation."""

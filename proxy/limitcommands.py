@@ -104,7 +104,7 @@ def _on_redis[Result](
             raise SettingsError(["PROXY_REDIS_URL: is required; without it each process counts for itself"])
         limits = Limits(policies, partition_of=lambda name: tag_of(name, secret), local=local, shared=tier)
         plans = [policies.plan(row.name, options.tier, options.rate) for row in OPERATIONS]
-        plan = plan_of(list(dict.fromkeys(quota for plan in plans for quota in plan.quotas)))
+        plan = plan_of(list({quota.key: quota for plan in plans for quota in plan.quotas}.values()))
         issuer = settings.jwt_issuer or ""
         payer = tag_of(_namespace(options.principal, issuer), secret)
         tenant = f"tenant:{len(issuer)}:{issuer}:{options.tenant}" if options.tenant else ""

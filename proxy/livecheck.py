@@ -19,7 +19,7 @@ from proxy.issuers import Issuer
 from proxy.jwks import DocumentError, Fetcher, RemoteKeys
 from proxy.keystore import SqlKeyStore
 from proxy.model import CredentialKind, Principal
-from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS
+from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS, Kind
 from proxy.outages import KeyStoreDown
 from proxy.redisclient import connect, reason_of
 from proxy.settings import Settings
@@ -160,9 +160,8 @@ def _tell_routes(answer: httpx.Response, say: Callable[..., None]) -> None:
     methods = {
         (path, name.upper()) for path, item in (paths if isinstance(paths, dict) else {}).items() for name in item
     }
-    missing = sorted(
-        {f"{row.method} {row.upstream}" for row in OPERATIONS if (row.upstream, row.method) not in methods}
-    )
+    told = [row for row in OPERATIONS if row.kind is not Kind.DUPLEX]  # OpenAPI has no WebSockets
+    missing = sorted({f"{row.method} {row.upstream}" for row in told if (row.upstream, row.method) not in methods})
     known = {(row.upstream, row.method) for row in OPERATIONS} | {(path, method) for method, path in NOT_EXPOSED}
     strange = sorted(
         f"{method} {path}"
@@ -172,8 +171,8 @@ def _tell_routes(answer: httpx.Response, say: Callable[..., None]) -> None:
     if missing:
         say("wrong", f"lack what the proxy forwards to: {', '.join(missing)}", about="agent routes")
     elif strange:
-        told = ", ".join(strange[:10])
-        say("unknown", f"have some that this version does not know, and does not expose: {told}", about="agent routes")
+        named = ", ".join(strange[:10])
+        say("unknown", f"have some that this version does not know, and does not expose: {named}", about="agent routes")
     else:
         say("ok", "are those that this version knows", about="agent routes")
 

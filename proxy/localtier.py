@@ -85,7 +85,7 @@ class LocalTier:
         else:
             del self._running[key]
 
-    def charge(self, quota: Quota, key: str, amount: int) -> bool:
+    def charge(self, quota: Quota, key: str, amount: int, *, over: bool = True) -> bool:  # noqa: ARG002  told to nobody
         """Charge what was used already; give whether something is left."""
         self._storage.add(key, quota.window, amount)
         return self._fits(quota, key)

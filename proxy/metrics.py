@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from proxy.families import FAMILIES
 from proxy.model import Headers, Record, Usage
-from proxy.operations import OPERATIONS, Kind
+from proxy.operations import OPERATIONS, STREAM, Kind
 
 type Snapshot = dict[str, list[tuple[tuple[str, ...], list[float]]]]
 """For each family its rows: the labels' values, and one number, or a histogram's buckets and sum."""
@@ -21,8 +21,9 @@ type Reading = tuple[str, tuple[str, ...], float]
 
 LAG_SECONDS: Final = 0.25
 NONE: Final = "none"
-_RUNS: Final = frozenset(row.name for row in OPERATIONS if row.kind is Kind.RUN)
-_STREAM: Final = "stream"
+_RUNS: Final = frozenset(row.name for row in OPERATIONS if row.kind in (Kind.RUN, Kind.AG_UI))
+_STREAMS: Final = frozenset(row.name for row in OPERATIONS if row.name in _RUNS and row.scope == STREAM)
+_TALKS: Final = frozenset(row.name for row in OPERATIONS if row.kind is Kind.DUPLEX)
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _OK: Final = 200
 
@@ -101,18 +102,25 @@ class Metrics:
             per.first_bytes.observe(record.first_byte_at - record.started)
         per.received += record.received_bytes
         per.sent += record.sent_bytes
-        if operation in _RUNS and record.forwarded:
-            self._count("runs", operation, record.end)
-            if record.status == _OK:
-                per.runs.observe(duration)
-                if operation == _STREAM:
-                    self._count("stream_end", record.end)
+        if record.forwarded:
+            self._count_runs(operation, record, per, duration)
         if record.fault:
             self._count("problems", record.code, record.fault)
         if record.goes_on:
             self._abandoned.append(record)
         elif record.usage is not None:
             self._count_usage(operation, record.usage, record.turns)
+
+    def _count_runs(self, operation: str, record: Record, per: _PerOperation, duration: float) -> None:
+        if operation in _RUNS:
+            self._count("runs", operation, record.end)
+            if record.status == _OK:
+                per.runs.observe(duration)
+                if operation in _STREAMS:
+                    self._count("stream_end", record.end)
+        elif record.run_ends is not None:
+            for end, count in record.run_ends.items():
+                self._count("runs", operation, end, by=count)
 
     def _count_usage(self, operation: str, usage: Usage, turns: int) -> None:
         estimated = "true" if usage.estimated else "false"
@@ -168,6 +176,9 @@ class Metrics:
         for operation in sorted(_RUNS):
             running = sum(record.operation == operation and record.forwarded for record in live)
             rows["runs_in_flight"].append(((operation,), [running]))
+        for operation in sorted(_TALKS):
+            running = sum(record.running for record in live if record.operation == operation)
+            rows["runs_in_flight"].append(((operation,), [running]))
         rows["runs_abandoned"].append(((), [sum(record.goes_on for record in self._abandoned.copy())]))
         for source in self.sources:
             for name, labels_given, value in source():
@@ -180,7 +191,7 @@ class Metrics:
 
 
 def _is_stream(record: Record) -> bool:
-    return record.operation == _STREAM and record.status == _OK
+    return record.operation in _STREAMS and record.status == _OK
 
 
 def merged(snapshots: Iterable[Snapshot]) -> Snapshot:

@@ -3,10 +3,10 @@
 Nothing here decides, acts or imports a library; every other room may import this one.
 """
 
-from collections.abc import Awaitable, Callable, Collection, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 from proxy.ends import End
 
@@ -19,6 +19,27 @@ type App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 type Headers = list[tuple[bytes, bytes]]
 """Raw header fields: lower-case names, order and duplicates kept."""
+
+
+class Inbox:
+    """An ASGI `receive` whose server tells more than ASGI has words for (see `protocol`).
+
+    Whoever finds one needs no timer to read a body that is here, and no task to wait for its client's leaving.
+    """
+
+    __slots__ = ()
+
+    def __call__(self) -> Awaitable[Message]:
+        """Receive, as ASGI says."""
+        raise NotImplementedError
+
+    def take_body(self) -> bytes | None:
+        """Give the whole body if it has come; None: it must be received, or was."""
+        raise NotImplementedError
+
+    def on_leave(self, left: Callable[[], None] | None) -> None:
+        """Have `left` called, once, when the client leaves, or soon where it has left; None: nobody any more."""
+        raise NotImplementedError
 
 
 class CredentialKind(StrEnum):
@@ -56,43 +77,7 @@ class Principal:
         return self.caller or self.namespace
 
 
-@dataclass(frozen=True, slots=True)
-class StoredKey:
-    """A stored API key: never the key itself, only its digest (SHA-256, hex). Times are Unix seconds.
-
-    `caller` is the id of the first key of a line of rotations, which all own the same threads; empty: this one's.
-    `replaced_by` and `grace_ends` come with a rotation; `changed` grows with every change to any key of a store.
-    """
-
-    id: str
-    name: str
-    digest: str
-    scopes: frozenset[str]
-    tier: str = "default"
-    rate: str | None = None
-    caller: str = ""
-    created: int = 0
-    expires: int | None = None
-    last_used: int | None = None
-    created_by: str = ""
-    replaced_by: str | None = None
-    grace_ends: int | None = None
-    revoked: int | None = None
-    changed: int = 0
-
-    def refusal_at(self, now: float) -> str:
-        """Say why the key does not work at `now` (Unix seconds); empty when it does."""
-        if self.revoked is not None:
-            return "key revoked"
-        if self.expires is not None and now >= self.expires:
-            return "key expired"
-        if self.grace_ends is not None and now >= self.grace_ends:
-            return "key replaced"
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """Model tokens that a run has used so far; `estimated` when any of them was told from bytes, not reported."""
 
     input_tokens: int
@@ -142,8 +127,25 @@ class Record:
     received_bytes: int = 0
     forwarded: bool = False
     """Whether the request was written for the sidecar; without it nothing ran."""
+    running: int = 0
+    """On a WebSocket: runs that have begun and not ended."""
+    run_ends: dict[End, int] | None = None
+    """On a WebSocket: how its runs ended, and how many so. `usage` and `turns` are then those of all of them."""
     trace: Trace | None = None
     """Set while the request is traced."""
+
+    def forward(self, method: str, template: str, thread_id: str = "") -> bytes | None:
+        """Note that the request is written for the sidecar; give its traceparent there, if it is traced.
+
+        The client's span begins, in OpenTelemetry's words; a run has a thread.
+        """
+        self.forwarded = True
+        if self.trace is None:
+            return None
+        told: dict[str, str | int] = {"http.request.method": method, "url.template": template}
+        if thread_id:
+            told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread_id}
+        return self.trace.forward(told)
 
 
 class Watcher(Protocol):
@@ -158,8 +160,6 @@ class Watcher(Protocol):
 
 RECORD: Final = "agentflow_proxy.record"
 """The key of a request's Record in its ASGI scope."""
-
-
 REPROVE: Final = "agentflow_proxy.reprove"
 """The key, in a WebSocket's ASGI scope, of a coroutine function that proves its credential again."""
 DRAIN: Final = "agentflow_proxy.drain"
@@ -174,8 +174,7 @@ class Lifecycle:
     draining: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamRequest:
+class UpstreamRequest(NamedTuple):
     """A request as the sidecar will see it. `target` is the path with its query, percent-encoded."""
 
     method: bytes
@@ -263,19 +262,3 @@ class Lease(Protocol):
 
     def release(self) -> None:
         """Free the slots: the run upstream has ended. Asked again, nothing; never blocks."""
-
-
-class KeyStore(Protocol):
-    """Where API keys are kept. Every method raises KeyStoreDown when the store does not answer in time."""
-
-    async def find(self, key_ids: Collection[str]) -> Mapping[str, StoredKey]:
-        """Give the stored keys that have these ids, whether they still work or not."""
-
-    async def change_number(self) -> int:
-        """Give the number of the last change to any key; it only grows."""
-
-    async def changed_since(self, number: int) -> Sequence[StoredKey]:
-        """Give every key that changed after `number`, as it is now."""
-
-    async def note_uses(self, uses: Mapping[str, int]) -> None:
-        """Write when keys were last used (Unix seconds by id); an earlier time than the stored one changes nothing."""

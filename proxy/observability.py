@@ -6,7 +6,7 @@ Runs for failed requests too. What is written down of one, and counted, is the w
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 from starlette.exceptions import HTTPException
@@ -24,7 +24,11 @@ _LAST_WORDS_SECONDS: Final = 1.0
 
 
 class Observability:
-    """ASGI middleware around everything else. Times come from `clock` (monotonic, seconds)."""
+    """ASGI middleware around everything else. Times come from `clock` (monotonic, seconds).
+
+    Like all rooms that only choose who goes on, it is no coroutine function: what it has chosen is awaited in its
+    place, so that an open stream does not hold a frame for it.
+    """
 
     def __init__(
         self,
@@ -41,14 +45,13 @@ class Observability:
         self._trusted_hops = trusted_hops
         self._watchers = tuple(watchers)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            scope["method"] = "GET"  # RFC 6455 §4.1
-            await self._observe(scope, receive, _answering_handshakes(send))
-        elif scope["type"] != "http":
-            await self._app(scope, receive, send)
-        else:
-            await self._observe(scope, receive, send)
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["type"] == "http":
+            return self._observe(scope, receive, send)
+        if scope["type"] != "websocket":
+            return self._app(scope, receive, send)
+        scope["method"] = "GET"  # RFC 6455 §4.1
+        return self._observe(scope, receive, _answering_handshakes(send))
 
     async def _observe(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers: Headers = scope["headers"]

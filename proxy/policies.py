@@ -73,11 +73,6 @@ class Policy:
         """Give the rates for a tier."""
         return self.rates if self.tiers is None else self.tiers.get(tier, self.rates)
 
-    def shared_by(self, replicas: int) -> "Policy":
-        """Give one replica's share: the amounts divided, but at least 1."""
-        tiers = {name: _shares(rates, replicas) for name, rates in (self.tiers or {}).items()}
-        return replace(self, rates=_shares(self.rates, replicas), tiers=tiers)
-
 
 @dataclass(frozen=True, slots=True)
 class Quota:
@@ -103,6 +98,10 @@ class Quota:
         """What must be left for a request to be admitted."""
         return self.cost or 1
 
+    def shared_by(self, replicas: int) -> "Quota":
+        """Give one replica's share: a part of the amount, but room for one request, if the whole has that."""
+        return replace(self, amount=max(self.amount // replicas, min(self.need, self.amount)))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
@@ -121,7 +120,10 @@ class Plan:
 
 
 class Policies:
-    """All policies of a deployment. `read_rates` reads the notation of a caller's own rate."""
+    """All policies of a deployment. `read_rates` reads the notation of a caller's own rate.
+
+    With several `replicas` plans hold one replica's share of every amount: a part of it, but room for one request.
+    """
 
     def __init__(
         self,
@@ -129,10 +131,12 @@ class Policies:
         *,
         costs: Mapping[str, int] | None = None,
         read_rates: Callable[[str], tuple[Rate, ...]],
+        replicas: int = 1,
     ) -> None:
         self.policies = tuple(policies)
         self.costs = dict(costs or {})
         self._read_rates = read_rates
+        self._replicas = replicas
         self._plans: dict[tuple[str, str, str | None], Plan] = {}
 
     def plan(self, operation: str, tier: str = "default", rate: str | None = None) -> Plan:
@@ -149,11 +153,7 @@ class Policies:
         """Give one replica's share of every policy, callers' own rates too."""
         if replicas == 1:
             return self
-        return Policies(
-            [policy.shared_by(replicas) for policy in self.policies],
-            costs=self.costs,
-            read_rates=lambda text: _shares(self._read_rates(text), replicas),
-        )
+        return Policies(self.policies, costs=self.costs, read_rates=self._read_rates, replicas=replicas)
 
     @property
     def is_per_principal(self) -> bool:
@@ -170,12 +170,13 @@ class Policies:
             strategy = own.strategy if can_move else Strategy.SLIDING
             policies[place : place + 1] = [replace(own, rates=rates, tiers=None, strategy=strategy)]
         cost = self.costs.get(operation, _COSTS.get(operation, 1))
-        return [
+        quotas = [
             quota
             for policy in policies
             if policy.operations is None or operation in policy.operations
             for quota in _quotas_of(policy, policy.rates_of(tier), cost)
         ]
+        return quotas if self._replicas == 1 else [quota.shared_by(self._replicas) for quota in quotas]
 
 
 def plan_of(quotas: Sequence[Quota]) -> Plan:
@@ -222,7 +223,3 @@ def _told(quota: Quota) -> str:
     window = f";w={quota.window}" if quota.window else ""
     unit = "" if quota.unit is Unit.REQUESTS else f';qu="{quota.unit}"'
     return f'"{quota.name}";q={quota.amount}{window}{unit}'
-
-
-def _shares(rates: Sequence[Rate], replicas: int) -> tuple[Rate, ...]:
-    return tuple((max(1, amount // replicas), window) for amount, window in rates)

@@ -140,6 +140,14 @@ class Courier:
             self._task = asyncio.create_task(self._deliver())
         return await call.answer
 
+    async def reach(self) -> None:
+        """Have a connection, which may take longer than a decision has. Raises RedisDown."""
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._client.execute_command("EXISTS", "probe")
+        except (RedisError, OSError, TimeoutError) as error:
+            raise RedisDown(reason_of(error)) from error
+
     async def delete(self, keys: Sequence[str]) -> int:
         """Forget keys; give how many there were. Raises RedisDown."""
         try:

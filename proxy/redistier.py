@@ -6,13 +6,14 @@ do its work this knows, and keeps what is to be told; what is decided meanwhile 
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from typing import Final
 
+from proxy.debts import MOST_OWED, Debts
 from proxy.localtier import LocalTier
 from proxy.policies import Plan, Policies, Quota, Strategy, Unit
 from proxy.redisclient import Courier, RedisDown, Script, read_script
@@ -22,18 +23,10 @@ log: Final = logging.getLogger("agentflow_proxy.limits")
 FAILURES: Final = 3
 """Failed batches in a row after which nobody waits for Redis any more."""
 PROBE_SECONDS: Final = 0.5
-MOST_OWED: Final = 100_000
+CHARGE_SECONDS: Final = 0.5
+"""Between two charges of a run that goes on; what one has used that ended is charged at once."""
 MOST_IDS: Final = 1_000
 _PROBE: Final = "s 1000000 1 1 0"
-
-
-@dataclass(slots=True)
-class _Debt:
-    """What is still to be charged to a quota, and since when (seconds of the monotonic clock)."""
-
-    quota: Quota
-    amount: int
-    since: float
 
 
 class SharedTier:
@@ -66,12 +59,15 @@ class SharedTier:
         self._one_slot = False
         self._held: dict[str, set[str]] = {}
         self._freed: dict[str, set[str]] = {}
-        self._owed: dict[str, _Debt] = {}
+        self._debts = Debts()
+        self._over: set[str] = set()
+        """Keys under which a run that has ended owes something."""
+        self._paid = ticks()
         self._left: OrderedDict[str, int] = OrderedDict()
         self._down_since: float | None = None
         self._renewed = ticks()
         self._wake = asyncio.Event()
-        self._number = 0
+        self._nonce, self._number = secrets.token_hex(8), 0
 
     @property
     def is_down(self) -> bool:
@@ -130,18 +126,19 @@ class SharedTier:
 
     def owe(self, quota: Quota, key: str, amount: int) -> None:
         """Charge later what was used without asking."""
-        debt = self._owed.get(key)
-        if debt is not None:
-            debt.amount += amount
-        elif len(self._owed) < MOST_OWED:
-            self._owed[key] = _Debt(quota, amount, self._ticks())
+        self._debts.owe(quota, key, amount, self._ticks())
 
-    def charge(self, quota: Quota, key: str, amount: int) -> bool:
-        """Charge what was used already; give whether something is left, as far as this process knows."""
+    def charge(self, quota: Quota, key: str, amount: int, *, over: bool = False) -> bool:
+        """Charge what was used already; give whether something is left, as far as this process knows.
+
+        When the run is `over` Redis is told at once, or else with what comes in the next half second.
+        """
         self.owe(quota, key, amount)
-        self._wake.set()
+        if over:
+            self._over.add(key)
+            self._wake.set()
         if self.is_down:
-            return self._local.charge(quota, key, amount)
+            return self._local.charge(quota, key, amount, over=over)
         left = self._left.get(key)
         if left is None:
             return True
@@ -161,7 +158,7 @@ class SharedTier:
                 await task
             with suppress(RedisDown):
                 await self._free()
-                await self._pay()
+                await self._pay(everything=True)
             await self._courier.close()
 
     async def close(self) -> None:
@@ -174,7 +171,7 @@ class SharedTier:
                 await asyncio.sleep(PROBE_SECONDS)
             else:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._renew_seconds / 4):
+                    async with asyncio.timeout(min(self._renew_seconds / 4, CHARGE_SECONDS)):
                         await self._wake.wait()
             self._wake.clear()
             try:
@@ -188,11 +185,12 @@ class SharedTier:
             if self.is_down:
                 await self._courier.disconnect()
             if self.is_down or try_first:
+                await self._courier.reach()
                 await self._ask([f"{self._prefix}:{{probe}}"], "take", "probe", _PROBE)
             if self.is_down or self._ticks() - self._renewed >= self._renew_seconds:
                 await self._hold_on()
             await self._free()
-            await self._pay()
+            await self._pay(everything=self.is_down)
         except RedisDown as problem:
             self._note_failure(problem.reason, at_once=try_first or problem.answered)
             return
@@ -224,26 +222,24 @@ class SharedTier:
                 raise
             del freed[key]
 
-    async def _pay(self) -> None:
-        """Charge what is owed, but for what a window has forgotten by now."""
-        for key in list(self._owed):
-            debt = self._owed.pop(key)
-            quota = debt.quota
-            if self._ticks() - debt.since >= quota.window:
+    async def _pay(self, *, everything: bool) -> None:
+        """Charge what is owed: each thing as of when it was used, and for runs that go on now and then only."""
+        over, self._over = self._over, set()
+        if everything or self._ticks() - self._paid >= CHARGE_SECONDS:
+            over, self._paid = set(self._debts.keys()), self._ticks()
+        for key in over:
+            debt = self._debts.take(key, self._ticks())
+            if debt is None:
                 continue
+            quota = debt.quota
             self._number += 1
-            arguments: list[str | int] = [
-                self._courier.not_after,
-                quota.strategy[0],
-                quota.window,
-                min(debt.amount, quota.amount) if quota.strategy is Strategy.MOVING else debt.amount,
-                f"owed{id(self)}{self._number}",
-            ]
+            identity = f"{self._nonce}{self._number:x}"
+            parts = debt.arguments(self._ticks())
             try:
+                arguments = [self._courier.not_after, quota.strategy[0], quota.window, identity, *parts]
                 answer = await self._run(self._settle, key, arguments)
             except BaseException:
-                self.owe(quota, key, debt.amount)
-                self._owed[key].since = debt.since
+                self._debts.put_back(key, debt)
                 raise
             now, current, previous = map(int, answer.split())
             if quota.unit is Unit.TOKENS:
@@ -275,8 +271,7 @@ class SharedTier:
         return [prefix + key for key in keys]
 
     def _know(self, key: str, remaining: int) -> None:
-        debt = self._owed.get(key)
-        self._left[key] = remaining - (debt.amount if debt is not None else 0)
+        self._left[key] = remaining - self._debts.amount(key)
         self._left.move_to_end(key)
         if len(self._left) > MOST_OWED:
             self._left.popitem(last=False)

@@ -4,13 +4,14 @@ Speaks ASGI itself, so that each read from upstream is one send; never decodes o
 """
 
 import asyncio
+from collections.abc import Awaitable
 from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from proxy.ends import End
 from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft, Problem
 from proxy.forwarding import downstream_headers
-from proxy.model import Deadlines, Exchange, FlowRules, Headers, Lease, Receive, Send, Upstream, UpstreamRequest
+from proxy.model import Deadlines, Exchange, FlowRules, Headers, Inbox, Lease, Receive, Send, Upstream, UpstreamRequest
 from proxy.outages import RunDeadline, UpstreamMalformed, require_trust
 from proxy.runs import Run, Runs, Spending
 from proxy.streams import Stream
@@ -29,6 +30,10 @@ async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: f
     announced = next((value for name, value in headers if name == b"content-length"), b"0")
     if int(announced) > most:
         raise BodyTooLarge(most)
+    if isinstance(receive, Inbox) and (body := receive.take_body()) is not None:
+        if len(body) > most:
+            raise BodyTooLarge(most)
+        return body
     chunks: list[bytes] = []
     size = 0
     try:
@@ -59,30 +64,38 @@ def _require_json(headers: Headers) -> None:
 
 
 class ClientPresent:
-    """Cancels the body of `async with` when the client leaves or time is up: ClientLeft or RunDeadline.
+    """Cancels the body of `with` when the client leaves or time is up: ClientLeft or RunDeadline.
 
     The request's body must have been read. `seconds` is for the whole of it, so that a client that stops
     reading holds nothing for ever.
     """
 
+    __slots__ = ("_reason", "_receive", "_seconds", "_task", "_timer", "_watcher")
+
     def __init__(self, receive: Receive, seconds: float) -> None:
         self._receive = receive
         self._seconds = seconds
         self._reason: ClientLeft | RunDeadline | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> None:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  we are in a coroutine of it
         self._task = task
-        self._watcher = loop.create_task(self._watch())
-        self._timer = loop.call_later(self._seconds, self._end, RunDeadline())
-        return self
+        if isinstance(self._receive, Inbox):
+            self._receive.on_leave(self._end_left)
+        else:
+            self._watcher = loop.create_task(self._watch())
+        self._timer = loop.call_later(self._seconds, self._end_late)
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._watcher.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
+        elif isinstance(self._receive, Inbox):
+            self._receive.on_leave(None)
         self._timer.cancel()
         if self._reason is not None and self._task.uncancel() == 0 and kind in (None, asyncio.CancelledError):
             raise self._reason
@@ -90,7 +103,13 @@ class ClientPresent:
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
             pass
+        self._end_left()
+
+    def _end_left(self) -> None:
         self._end(ClientLeft())
+
+    def _end_late(self) -> None:
+        self._end(RunDeadline())
 
     def _end(self, reason: ClientLeft | RunDeadline) -> None:
         if self._reason is None:
@@ -107,7 +126,7 @@ class Relay:
         self.runs = runs
         """The runs that go on."""
 
-    async def relay(
+    def relay(
         self,
         request: UpstreamRequest,
         deadlines: Deadlines,
@@ -116,17 +135,21 @@ class Relay:
         send: Send,
         *,
         run: Run | None = None,
-    ) -> None:
+    ) -> Awaitable[None]:
         """Pass one answer on, each part as it arrives; a run's as `run` has it, any other byte for byte.
 
         Releases the lease when the exchange upstream is over, which for an invoke may be long after its client has
         left. Raises a Problem; an answer that has begun is then left visibly cut, or its end told in an event.
         """
         if run is not None:
-            await self._relay_run(request, deadlines, lease, receive, send, run)
-            return
+            return self._relay_run(request, deadlines, lease, receive, send, run)
+        return self._relay(request, deadlines, lease, receive, send)
+
+    async def _relay(
+        self, request: UpstreamRequest, deadlines: Deadlines, lease: Lease, receive: Receive, send: Send
+    ) -> None:
         try:
-            async with ClientPresent(receive, deadlines.total):
+            with ClientPresent(receive, deadlines.total):
                 exchange = await self._upstream.start(request, deadlines)
                 try:
                     await _pass(exchange, send)
@@ -144,7 +167,7 @@ class Relay:
         started = asyncio.get_running_loop().time()
         self.runs.begin(run)
         try:
-            async with ClientPresent(receive, deadlines.total):
+            with ClientPresent(receive, deadlines.total):
                 exchange = await self._upstream.start(request, deadlines)
                 await (_pass(exchange, send, run.spending) if stream is None else stream.deliver(exchange))
         except ClientLeft:
@@ -170,7 +193,7 @@ class Relay:
 
     async def collect(self, request: UpstreamRequest, deadlines: Deadlines, receive: Receive) -> tuple[int, bytes]:
         """Read a whole answer of at most 16 MiB: its status and body. Raises a Problem."""
-        async with ClientPresent(receive, deadlines.total):
+        with ClientPresent(receive, deadlines.total):
             exchange = await self._upstream.start(request, deadlines)
             try:
                 await exchange.head()

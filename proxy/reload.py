@@ -10,10 +10,11 @@ from typing import Final
 from proxy.admission import Limits
 from proxy.environment import SettingsError, load
 from proxy.keycache import KeyCache
+from proxy.limitsettings import SIMPLE
 from proxy.settings import Settings
 
 log: Final = logging.getLogger("agentflow_proxy.server")
-RELOADED: Final = frozenset({"limits", "rate_limit", "api_keys", "log_level"})
+RELOADED: Final = frozenset({"limits", *SIMPLE, "api_keys", "log_level"})
 
 
 class Reload:

@@ -13,7 +13,6 @@ from starlette.routing import Route
 
 from proxy.admission import Limits
 from proxy.agui import bind_ag_ui
-from proxy.aguievents import AgUiReader
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream, stop_upstream
@@ -38,7 +37,7 @@ from proxy.relay import Relay, read_body
 from proxy.runs import Run, Spending
 from proxy.tenancy import RunRules, bind_control, bind_parameters, bind_run, tag_of
 from proxy.tokens import InternalIdentity
-from proxy.usage import reader_for
+from proxy.usage import Form, reader_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,19 +67,19 @@ class Phases:
 
     async def run(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run, then relay its answer."""
-        raw = await self._read(scope, receive)
-        body, thread_id = bind_run(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        body = await self._read(scope, receive)
+        body, thread_id = bind_run(body, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body, thread_id=thread_id)
-        run = self._run(permit, thread_id, lease, scope)
+        run = self._run(permit, thread_id, lease, scope, request)
+        del body  # an open stream holds it once, not three times
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def ag_ui(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run in AG-UI's form, then relay its answer, which is server-sent events already."""
         raw = await self._read(scope, receive)
         body, thread_id = bind_ag_ui(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
-        request = self._upstream(permit, scope, body=body)
-        spending = Spending(AgUiReader(body), lease, scope[RECORD])
-        run = replace(self._run(permit, thread_id, lease, scope), wish=Wish.AG_UI, spending=spending)
+        request = self._upstream(permit, scope, body=body, thread_id=thread_id)
+        run = replace(self._run(permit, thread_id, lease, scope, request), wish=Wish.AG_UI)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,8 +132,6 @@ class Phases:
         thread_id: str = "",
     ) -> UpstreamRequest:
         record: Record = scope[RECORD]
-        record.forwarded = True
-        traced = record.trace.forward(_span_attributes(permit.operation, thread_id)) if record.trace else None
         return request_upstream(
             permit,
             parameters=parameters or {},
@@ -143,27 +140,16 @@ class Phases:
             body=body,
             identity=self.identity.token(permit.principal),
             request_id=record.request_id,
-            traceparent=traced,
+            traceparent=record.forward(permit.operation.method, permit.operation.upstream, thread_id),
         )
 
-    def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope) -> Run:
+    def _run(self, permit: Permit, thread_id: str, lease: Lease, scope: Scope, request: UpstreamRequest) -> Run:
         record: Record = scope[RECORD]
         streams = permit.operation.scope == STREAM
-        spending = Spending(reader_for("stream" if streams else "answer"), lease, record)
-        stop = partial(self._stop, permit, thread_id, record.request_id)
+        form: Form = "ag-ui" if permit.operation.kind is Kind.AG_UI else "stream" if streams else "answer"
+        spending = Spending(reader_for(form), lease, record)
+        stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
         return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
-
-    def _stop(self, permit: Permit, thread_id: str, request_id: bytes) -> UpstreamRequest:
-        identity = self.identity.token(permit.principal)
-        return stop_upstream(permit, thread_id=thread_id, identity=identity, request_id=request_id)
-
-
-def _span_attributes(operation: Operation, thread_id: str) -> dict[str, str | int]:
-    """Name what a request to the sidecar is, in OpenTelemetry's words; a run has a thread."""
-    told: dict[str, str | int] = {"http.request.method": operation.method, "url.template": operation.upstream}
-    if thread_id:
-        told |= {"gen_ai.operation.name": "invoke_agent", "gen_ai.conversation.id": thread_id}
-    return told
 
 
 _RUNS: Final = frozenset({Kind.RUN, Kind.AG_UI})
@@ -231,13 +217,13 @@ class CanonicalPaths:
         self._app = app
         self._direct: dict[str, App] = {route.path: route.endpoint for route in routes if not route.param_convertors}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         endpoint = self._direct.get(scope["path"])
         if endpoint is not None and b"%" not in scope["raw_path"]:
-            return await endpoint(scope, receive, send)
+            return endpoint(scope, receive, send)
         if not is_canonical(scope["raw_path"], scope["path"]):
             raise NotFound
-        return await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
 
 class Path:
@@ -247,11 +233,11 @@ class Path:
         self._endpoints = endpoints
         self._allowed = ", ".join(sorted(endpoints))
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         endpoint = self._endpoints.get(scope["method"])
         if endpoint is None:
             raise MethodNotAllowed(self._allowed)
-        await endpoint(scope, receive, send)
+        return endpoint(scope, receive, send)
 
 
 def routes(phases: Phases) -> list[Route]:

@@ -43,7 +43,10 @@ class Spending:
         self._reader.feed(data)
 
     def settle(self) -> bool:
-        """Charge what is known, at the latest when the run is over; False when that is more than the budget has."""
+        """Charge what is known, at the latest when the run is over; False when that is more than the budget has.
+
+        What was estimated too high is given back when the sidecar has told.
+        """
         self._unread = 0
         usage = self._reader.usage()
         self._turns = self._reader.turns
@@ -52,7 +55,7 @@ class Spending:
         self._record.usage = usage
         self._record.turns = self._turns
         tokens = usage.total_tokens - self._charged
-        if tokens <= 0:
+        if not tokens:
             return True
         self._charged = usage.total_tokens
         return self._lease.charge(tokens, estimated=usage.estimated)

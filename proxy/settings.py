@@ -20,9 +20,10 @@ from proxy.flowsettings import FlowSettings
 from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.limitsettings import LimitSettings, RedisUrl
-from proxy.model import Deadlines, StoredKey
+from proxy.model import Deadlines
 from proxy.overloadsettings import OverloadSettings
 from proxy.publickeys import shared_key
+from proxy.storedkeys import StoredKey
 from proxy.telemetrysettings import TelemetrySettings
 from proxy.tokensettings import Seconds, TokenSettings
 

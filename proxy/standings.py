@@ -5,18 +5,16 @@ Pure: counts come in as they were read, wherever they are kept; nothing here kee
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from proxy.errors import RateExceeded
 from proxy.model import Headers
-from proxy.policies import Plan, Quota, Strategy
+from proxy.policies import Plan, Quota, Strategy, Unit
 
 MICROSECONDS: Final = 1_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """Of one quota: whether the request fits, what remains, the seconds until that grows, and until it fits.
 
     0 seconds: nobody knows, since it depends on when runs end.
@@ -112,7 +110,10 @@ def _left(window: int, now: int) -> float:
 
 
 def fields_of(plan: Plan, standings: Sequence[Standing], *, legacy_at: float | None = None) -> Headers:
-    """Write the RateLimit fields; with `legacy_at` (Unix seconds, now) the older ones too, of the tightest quota."""
+    """Write the RateLimit fields; with `legacy_at` (Unix seconds, now) the older ones too.
+
+    Those know requests only: they tell the tightest quota of these, and are not sent where there is none.
+    """
     if not plan.policy_field:
         return []
     told = []
@@ -121,9 +122,10 @@ def fields_of(plan: Plan, standings: Sequence[Standing], *, legacy_at: float | N
             seconds = f";t={standing.grows}" if standing.grows else ""
             told.append(f'"{quota.name}";r={standing.remaining}{seconds}')
     fields = [(b"ratelimit-policy", plan.policy_field), (b"ratelimit", ", ".join(told).encode())]
-    if legacy_at is not None:
-        pairs = [pair for pair in zip(plan.quotas, standings, strict=True) if not pair[0].shadow]
-        quota, standing = min(pairs, key=lambda pair: pair[1].remaining)
+    pairs = zip(plan.quotas, standings, strict=True) if legacy_at is not None else ()
+    requests = [pair for pair in pairs if pair[0].unit is Unit.REQUESTS and not pair[0].shadow]
+    if requests and legacy_at is not None:
+        quota, standing = min(requests, key=lambda pair: pair[1].remaining)
         legacy = {
             b"limit": quota.amount,
             b"remaining": standing.remaining,

@@ -6,6 +6,7 @@ Decides nothing about lines (`framing` does) and nothing about when to end.
 import asyncio
 import contextlib
 import logging
+from collections.abc import Awaitable
 from typing import Any, Final
 
 from proxy.aguievents import AgUiLines
@@ -37,11 +38,13 @@ class Stream:
         self._begun = False
         self._overspent = False
 
-    async def deliver(self, exchange: Exchange) -> None:
+    def deliver(self, exchange: Exchange) -> Awaitable[None]:
         """Pass the answer on, whole. Raises a Problem; `conclude` may then still tell it."""
         if self._frames is None or not self._rules.heartbeat:
-            await self._deliver(exchange)
-            return
+            return self._deliver(exchange)
+        return self._deliver_beating(exchange)
+
+    async def _deliver_beating(self, exchange: Exchange) -> None:
         beat = _Heart(exchange, self._rules.heartbeat)
         try:
             await self._deliver(exchange)
@@ -77,7 +80,7 @@ class Stream:
     async def _deliver_events(self, exchange: Exchange, frames: EventFrames) -> None:
         first = b""
         while (verdict := are_lines(first)) is None and not exchange.ended:
-            data = await self._read(exchange)
+            data = self._noted(await self._next(exchange))
             first += data
             if not data and not exchange.ended:
                 await self._write(PING)
@@ -94,7 +97,7 @@ class Stream:
             while not exchange.ended:
                 if body:
                     await self._write(body)
-                data = await self._read(exchange)
+                data = self._noted(await self._next(exchange))
                 body = frames.feed(data) if data or exchange.ended else PING
             body += frames.finish()
         except LineTooLongError as error:
@@ -111,7 +114,7 @@ class Stream:
         if self._run.wish is Wish.LINES:
             verdict = None
             while verdict is None and not exchange.ended:
-                first += await self._read(exchange)
+                first += self._noted(await self._next(exchange))
                 verdict = are_lines(first)
             if verdict:
                 headers = [(n, v) for n, v in headers if n != b"content-type"] + [(b"content-type", LINES_TYPE)]
@@ -121,15 +124,17 @@ class Stream:
         while not exchange.ended:
             if body:
                 await send({"type": "http.response.body", "body": body, "more_body": True})
-            body = feed(await self._read(exchange))
+            body = feed(self._noted(await self._next(exchange)))
         body += lines.finish()
         self._settle()
         await self._write(body, more=False)
 
-    async def _read(self, exchange: Exchange) -> bytes:
+    def _next(self, exchange: Exchange) -> Awaitable[bytes]:
         if self._overspent:
             raise BudgetSpentMidway
-        data = await exchange.read()
+        return exchange.read()
+
+    def _noted(self, data: bytes) -> bytes:
         self._overspent = not self._run.spending.take(data) and self._rules.stop_over_budget
         return data
 

@@ -16,8 +16,10 @@ _MOST_TOKENS: Final = 1 << 40
 """More than that nobody reports in earnest."""
 _MOST_MESSAGES: Final = 128
 """Messages whose usage is remembered, so that one that comes again is not counted again."""
-_TEXTS: Final = ("text", "summary", "details", "args", "output", "transcript", "message")
+_TEXTS: Final = frozenset({"text", "summary", "details", "args", "output", "transcript", "message"})
 """The fields of a content block that a model reads or writes; media are not among them."""
+
+type _Sum = tuple[int, int, int, int]
 
 
 class Tally:
@@ -27,7 +29,7 @@ class Tally:
         self.turns = 0
         self._known: OrderedDict[bytes, tuple[Usage, int]] = OrderedDict()
         """By message: what it used, and the bytes of text of the deltas seen, or -1 when it came whole."""
-        self._sum = [0, 0, 0, 0]
+        self._sum: _Sum = (0, 0, 0, 0)
         """Input, output and total tokens, and how many messages were estimated."""
         self._totals: Usage | None = None
         self._passed = 0
@@ -68,6 +70,11 @@ class Tally:
             self._settle()
             self._passed += text
 
+    def add_context(self, text: int) -> None:
+        """Take in so many bytes of text that the model reads at its next call."""
+        self._settle()
+        self._passed += text
+
     def add_unread(self, message_id: bytes, text: int) -> None:
         """Take in what looks like messages of the assistant but could not be read."""
         self._put(message_id, self._estimate(text), -1)
@@ -78,11 +85,9 @@ class Tally:
 
     def usage(self) -> Usage | None:
         """Give the sum so far; None while there is nothing to sum."""
-        read, written, total, estimates = self._sum
-        if self._open is not None:
-            known = self._known.get(self._open)
-            was, now = _figures(known[0] if known is not None else None), _figures(self._estimate(self._open_text))
-            read, written, total, estimates = (a + b - c for a, b, c in zip(self._sum, now, was, strict=True))
+        known = self._known.get(self._open) if self._open is not None else None
+        now = self._estimate(self._open_text) if self._open is not None else None
+        read, written, total, estimates = _moved(self._sum, known[0] if known is not None else None, now)
         if self._totals is not None and self._totals.total_tokens > total:
             return self._totals  # it knows of messages that did not pass by
         something = self._known or self._open is not None
@@ -98,45 +103,56 @@ class Tally:
         return Usage(read, written, read + written, estimated=True)
 
     def _put(self, message_id: bytes, usage: Usage, text: int) -> None:
-        old, _ = self._known.pop(message_id, (None, 0))
-        self._sum = [
-            was + now - before for was, now, before in zip(self._sum, _figures(usage), _figures(old), strict=True)
-        ]
+        old = self._known.pop(message_id, None)
+        self._sum = _moved(self._sum, old[0] if old is not None else None, usage)
         self._known[message_id] = usage, text
         if len(self._known) > _MOST_MESSAGES:
             self._known.popitem(last=False)
 
 
-def _figures(usage: Usage | None) -> tuple[int, int, int, int]:
-    if usage is None:
-        return 0, 0, 0, 0
-    return usage.input_tokens, usage.output_tokens, usage.total_tokens, usage.estimated
+def _moved(figures: _Sum, old: Usage | None, new: Usage | None) -> _Sum:
+    """Give the sum with `new` in the place of `old`."""
+    for usage, sign in ((old, -1), (new, 1)):
+        if usage is not None:
+            read, written, total, estimates = figures
+            figures = (
+                read + sign * usage.input_tokens,
+                written + sign * usage.output_tokens,
+                total + sign * usage.total_tokens,
+                estimates + sign * usage.estimated,
+            )
+    return figures
 
 
 def _reported(value: object, read: str, written: str) -> Usage | None:
     """Read reported figures; None where there are none, also when all are 0, which AgentFlow writes for unknown."""
     if not isinstance(value, dict):
         return None
-    figures = [value.get(name) for name in (read, written, "total_tokens")]
-    read_tokens, written_tokens, total = (
-        figure if type(figure) is int and 0 <= figure <= _MOST_TOKENS else 0 for figure in figures
-    )
-    total = max(total, read_tokens + written_tokens)
+    read_tokens, written_tokens = _count(value.get(read)), _count(value.get(written))
+    total = max(_count(value.get("total_tokens")), read_tokens + written_tokens)
     return Usage(read_tokens, written_tokens, total, estimated=False) if total else None
+
+
+def _count(figure: object) -> int:
+    return figure if type(figure) is int and 0 <= figure <= _MOST_TOKENS else 0
 
 
 def _text_bytes(message: dict[str, Any]) -> int:
     """Count the bytes of text of a message, as JSON writes them."""
-    content = message.get("content")
-    texts: list[object] = [message.get("reasoning")]
-    if isinstance(content, list):
-        texts += [block.get(name) for block in content if isinstance(block, dict) for name in _TEXTS]
-    else:
-        texts.append(content)
-    return sum(_json_bytes(text) for text in texts if text is not None)
+    content, reasoning = message.get("content"), message.get("reasoning")
+    size = json_bytes(reasoning) if reasoning is not None else 0
+    if not isinstance(content, list):
+        return size + json_bytes(content) if content is not None else size
+    for block in content:
+        if isinstance(block, dict):
+            for name in block.keys() & _TEXTS:
+                if (text := block[name]) is not None:
+                    size += json_bytes(text)
+    return size
 
 
-def _json_bytes(text: object) -> int:
+def json_bytes(text: object) -> int:
+    """Count the bytes of a text as JSON writes it, which an outline may only tell of."""
     if not isinstance(text, str):
         return len(pydantic_core.to_json(text))
     told = told_bytes(text)

@@ -179,11 +179,11 @@ class PooledExchange:
 
     # Inside.
 
-    async def _more(self) -> bool:
+    def _more(self) -> asyncio.Future[bool]:
         if self._failure is not None:
             raise self._failure
         self._waiter = self._loop.create_future()
-        return await self._waiter
+        return self._waiter
 
     def _wake(self, *, more: bool = True) -> None:
         if self._waiter is not None and not self._waiter.done():

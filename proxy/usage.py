@@ -5,13 +5,13 @@ not parsed. What the sidecar does not report is estimated from the bytes of text
 """
 
 import re
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, override
 
 import pydantic_core
 
 from proxy.model import Usage
 from proxy.outlines import HELD_BYTES, Outline
-from proxy.tallies import Tally
+from proxy.tallies import Tally, json_bytes
 
 _HEAD: Final = 256
 """Where in a line its message's role stands, at the latest."""
@@ -30,6 +30,18 @@ _USAGES: Final = b'"usages":{'
 _TOTALS: Final = b'"total_input_tokens":'
 
 _EVENT: Final = re.compile(rb'\s*+\{\s*+"event"\s*+:\s*+"([a-z]++)"')
+
+_TYPE: Final = re.compile(rb'data:\s*+\{\s*+"type"\s*+:\s*+"([A-Z_]++)"')
+"""How an event of AG-UI begins."""
+_BEGINS: Final = frozenset({b"TEXT_MESSAGE_START", b"REASONING_MESSAGE_START"})
+_WRITES: Final = frozenset({b"TEXT_MESSAGE_CONTENT", b"REASONING_MESSAGE_CONTENT", b"TOOL_CALL_ARGS"})
+_IS_SAID: Final = b"TEXT_MESSAGE_END"
+_IS_READ: Final = b"TOOL_CALL_RESULT"
+_FAILS: Final = b"RUN_ERROR"
+
+
+type Form = Literal["answer", "stream", "ag-ui"]
+"""How an answer is written."""
 
 
 class UsageReader(Protocol):
@@ -50,9 +62,10 @@ class UsageReader(Protocol):
         """Give what was used so far; None while nothing is known."""
 
 
-def reader_for(kind: Literal["answer", "stream"]) -> UsageReader:
-    """Give a reader of an invoke's one answer, or of a stream's lines."""
-    return AnswerReader() if kind == "answer" else StreamReader()
+def reader_for(form: Form) -> UsageReader:
+    """Give a reader of an invoke's one answer, of a stream's lines, or of AG-UI's events."""
+    readers: dict[Form, type[UsageReader]] = {"answer": AnswerReader, "stream": StreamReader, "ag-ui": AgUiReader}
+    return readers[form]()
 
 
 class AnswerReader:
@@ -180,6 +193,50 @@ class StreamReader:
         except (ValueError, TypeError, AttributeError):
             if _ASSISTANT[1:17] in line:
                 self._tally.add_unread(line[len(_MESSAGE) : len(_MESSAGE) + 40], len(line))
+
+
+class AgUiReader(StreamReader):
+    """Reads server-sent events of AG-UI, which report no usage: all of it is estimated. Implements `UsageReader`.
+
+    A call of the model reasons, says, and asks for tools; the next begins with a tool's result, or says more.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls = self._written = 0
+        self._said = False
+
+    @override
+    def _read(self, line: bytes, *, outlined: bool = False) -> None:
+        kind = _TYPE.match(line)
+        name = kind[1] if kind is not None else b""
+        if name in _WRITES:
+            text = _member(line, "delta")
+            self._written += text
+            self._tally.add_delta(b"%d" % self._calls, text)
+        elif name == _IS_READ:
+            self._begin_call()
+            self._tally.add_context(_member(line, "content"))
+        elif name == _IS_SAID:
+            self._said = True
+            self._tally.turns += 1
+        elif name in _BEGINS and self._said:
+            self._begin_call()
+        elif name == _FAILS:
+            self.errors += 1
+
+    def _begin_call(self) -> None:
+        self._tally.add_context(self._written)
+        self._calls += 1
+        self._written, self._said = 0, False
+
+
+def _member(line: bytes, name: str) -> int:
+    """Count the bytes of a text in an event; all of them, where it cannot be read."""
+    try:
+        return json_bytes(pydantic_core.from_json(line.partition(b":")[2], allow_partial=True)[name])
+    except (ValueError, KeyError, TypeError):
+        return len(line)
 
 
 def _is_message(line: bytes) -> bool:

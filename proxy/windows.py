@@ -68,9 +68,12 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport, MovingWindowSup
         return self._clock() if self.moment is None else self.moment
 
     def add(self, key: str, window: int, amount: int) -> tuple[int, int]:
-        """Charge what was used already, room or not; give the last window's count and this one's."""
+        """Charge what was used already, room or not; give the last window's count and this one's.
+
+        An amount below 0 is given back.
+        """
         counts = self._at(key, window, self.now())
-        counts.current += amount
+        counts.current = max(0, counts.current + amount)
         return counts.previous, counts.current
 
     @override

@@ -5,12 +5,13 @@ Order, ends and cancellation; what sockets do is shown in tests/integration.
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft
-from proxy.model import Deadlines, UpstreamRequest
+from proxy.model import Deadlines, Inbox, UpstreamRequest
 from proxy.outages import RunDeadline, UpstreamCut, UpstreamMalformed
 from proxy.relay import MAX_COLLECTED_BYTES, Relay, read_body
 from proxy.runs import Runs
@@ -155,6 +156,50 @@ async def test_a_client_leaving_as_the_answer_ends_leaves_no_cancellation_behind
         return "went on"
 
     assert await asyncio.ensure_future(both()) == "went on"
+
+
+class Told(Inbox):
+    """The inbox of a client, all of whose body has come; it tells of its leaving when `left` is called."""
+
+    def __init__(self, body: bytes | None) -> None:
+        self.body = body
+        self.left: Callable[[], None] | None = None
+
+    def take_body(self) -> bytes | None:
+        return self.body
+
+    def on_leave(self, left: Callable[[], None] | None) -> None:
+        self.left = left
+
+
+@pytest.mark.parametrize("waiting_for", ["head", "body", "client"])
+async def test_an_inbox_tells_of_the_clients_leaving_without_a_task(waiting_for: str) -> None:
+    """What a watching task does without one: upstream is abandoned wherever the relay waits."""
+    client, inbox = Client(), Told(b"")
+    exchange = FakeExchange([b"part", never if waiting_for == "body" else b"more"])
+    upstream = FakeUpstream(exchange, before=never if waiting_for == "head" else None)
+    client.block = asyncio.Event() if waiting_for == "client" else None
+    before = asyncio.all_tasks()
+    running = asyncio.ensure_future(relay_to(upstream).relay(REQUEST, PATIENT, FakeLease(), inbox, client.send))
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+    assert asyncio.all_tasks() - before == {running}
+    assert inbox.left is not None
+    inbox.left()
+    with pytest.raises(ClientLeft):
+        await running
+
+    assert not client.is_complete
+    assert inbox.left is None
+    assert (exchange.abandoned is None) == (waiting_for == "head")
+
+
+async def test_a_body_that_has_come_is_taken_at_once_and_bounded_too() -> None:
+    """Nothing is received of it, and it is no longer than any other."""
+    assert await read_body(JSON, Told(b"x" * 100), most=100, seconds=5) == b"x" * 100
+    with pytest.raises(BodyTooLarge):
+        await read_body(JSON, Told(b"x" * 101), most=100, seconds=5)
 
 
 async def test_a_collected_answer_is_bounded() -> None:

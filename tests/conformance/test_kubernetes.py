@@ -16,6 +16,7 @@ import yaml
 from agent_service.settings import read_settings
 from proxy.authentication import PUBLIC
 from proxy.environment import load
+from proxy.families import FAMILIES, PREFIX
 from proxy.operations import OPERATIONS
 from proxy.server import SETTLE_SECONDS
 from tests.support.kustomize import KUBERNETES, Manifest, find, render
@@ -131,7 +132,8 @@ def test_nobody_reaches_anybody_but_as_said(manifests: list[Manifest]) -> None:
     for name in ("proxy", "agent"):
         assert policies[name]["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": name}}
         assert policies[name]["policyTypes"] == ["Ingress", "Egress"]
-    assert allowed("proxy", "ingress", "from") == [(edge, [8000])]
+    watchers = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "observability"}}}]
+    assert allowed("proxy", "ingress", "from") == [(edge, [8000]), (watchers, [9464])]
     assert allowed("proxy", "egress", "to") == [(agents, [8001])]
     assert allowed("agent", "ingress", "from") == [(proxies, [8001])]
     assert allowed("agent", "egress", "to") == []
@@ -162,7 +164,8 @@ def test_probes_ask_what_is_served(manifests: list[Manifest]) -> None:
     for tier in TIERS:
         (container,) = pods(manifests)[tier]["containers"]
         asked = {kind: container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")}
-        assert {probe["port"] for probe in asked.values()} == {port["name"] for port in container["ports"]}
+        assert {probe["port"] for probe in asked.values()} == {"http"}
+        assert {port["name"] for port in container["ports"]} - {"metrics"} == {"http"}
         if tier == "proxy":
             assert {probe["path"] for probe in asked.values()} <= set(PUBLIC)
             assert asked["readiness"]["path"] == "/health/ready"
@@ -190,8 +193,22 @@ def test_tiers_scale_and_are_never_all_taken_away(manifests: list[Manifest]) -> 
         assert service["selector"].items() <= labels.items()
     (runs,) = find(manifests, "HorizontalPodAutoscaler", "agent")["spec"]["metrics"]
     (cpu,) = find(manifests, "HorizontalPodAutoscaler", "proxy")["spec"]["metrics"]
-    assert runs["external"]["metric"] == {"name": "agent_proxy_streams_active"}
+    assert runs["external"]["metric"] == {"name": "agent_proxy_runs_in_flight"}
     assert cpu["resource"]["name"] == "cpu"
+
+
+def test_autoscaler_and_prometheus_find_what_proxies_export(manifests: list[Manifest]) -> None:
+    """The metric that scales agents is one of ours, a gauge; its port is open where the proxy serves it."""
+    (metric,) = find(manifests, "HorizontalPodAutoscaler", "agent")["spec"]["metrics"]
+    name = metric["external"]["metric"]["name"]
+    data = find(manifests, "ConfigMap", "proxy")["data"]
+    (container,) = pods(manifests)["proxy"]["containers"]
+    ports = {port["name"]: str(port["containerPort"]) for port in container["ports"]}
+
+    assert FAMILIES[name.removeprefix(PREFIX)].kind == "gauge"
+    assert name in (KUBERNETES / "README.md").read_text()
+    assert name in (KUBERNETES.parents[1] / "docs" / "scaling.md").read_text()
+    assert (data["PROXY_METRICS_HOST"], data["PROXY_METRICS_PORT"]) == ("0.0.0.0", ports["metrics"])  # noqa: S104  as meant
 
 
 def test_images_are_the_overlays_own(manifests: list[Manifest]) -> None:
@@ -243,7 +260,11 @@ def test_ingress_exposes_what_the_edge_does(manifests: list[Manifest]) -> None:
         "false",
     }
     assert ours["proxy-next-upstream"].split() == edge["proxy_next_upstream"] == ["error", "timeout"]
-    assert [ours["client-max-body-size"]] == [ours["proxy-body-size"]] == edge["client_max_body_size"]
+    assert ours["websocket-services"] == "proxy"
+    # An Ingress has one limit for all paths: that of files. The proxy has its own for whatever else.
+    (uploads,) = (each for each in _locations() if each["args"][-1] == "/agent/v1/files/upload")
+    (most,) = (line["args"] for line in uploads["block"] if line["directive"] == "client_max_body_size")
+    assert [ours["client-max-body-size"]] == [ours["proxy-body-size"]] == most
 
 
 def _http_block() -> list[dict[str, Any]]:
@@ -251,3 +272,8 @@ def _http_block() -> list[dict[str, Any]]:
     (block,) = (each["block"] for each in parsed if each["directive"] == "http")
     lines: list[dict[str, Any]] = block
     return lines
+
+
+def _locations() -> list[dict[str, Any]]:
+    (server,) = (each["block"] for each in _http_block() if each["directive"] == "server")
+    return [each for each in server if each["directive"] == "location"]

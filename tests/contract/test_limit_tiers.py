@@ -116,10 +116,10 @@ def with_clock(script: Script) -> Script:
 
 def on_redis(loop: asyncio.Runner, redis: Redis) -> House:
     """Count on Redis."""
-    local = LocalTier()
+    local, ticks = LocalTier(), [START]
     courier = Courier(redis.url, timeout=5)
     courier.note_time = lambda now: None  # type: ignore[method-assign]  # no deadline: here time is what we say
-    tier = SharedTier(courier, local, prefix="test", lease_seconds=30_000, without="refuse")
+    tier = SharedTier(courier, local, prefix="test", lease_seconds=30_000, without="refuse", ticks=lambda: ticks[0])
     tier._admit, tier._settle, tier._renew = map(with_clock, (tier._admit, tier._settle, tier._renew))
     limits = Limits(Policies(read_rates=read_own), partition_of=str, local=local, shared=tier)
     client = tier._courier._client
@@ -130,6 +130,7 @@ def on_redis(loop: asyncio.Runner, redis: Redis) -> House:
             await client.rpush(CLOCK, str(int(at)), str(int(at % 1 * 1_000_000)))
 
         loop.run(write())
+        ticks[0] = at
 
     return House(limits, loop.run, set_clock)
 
@@ -148,6 +149,13 @@ def houses(make: Callable[[asyncio.Runner, Redis], House]) -> Iterator[House]:
 def house(request: pytest.FixtureRequest) -> Iterator[House]:
     """Give each tier in turn."""
     with houses(request.param) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[House]:
+    """Give the counts on Redis."""
+    with houses(on_redis) as made:
         yield made
 
 
@@ -255,8 +263,82 @@ def test_a_budget_follows_the_model(house: House, strategy: Strategy, steps: lis
         assert lease.charge(tokens, estimated=False) == (floor(spent + tokens) < 100)
         lease.release()
         if house.limits._shared is not None:
-            house.run(house.limits._shared._pay())
+            house.run(house.limits._shared._pay(everything=True))
         charged.append((at, tokens))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    strategy=st.sampled_from([Strategy.FIXED, Strategy.SLIDING, Strategy.MOVING]),
+    steps=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9)), min_size=1, max_size=12),
+    after=st.integers(0, 9),
+)
+def test_what_was_used_without_redis_is_charged_as_of_then(
+    shared: House, strategy: Strategy, steps: list[tuple[int, int]], after: int
+) -> None:
+    """However long it was away: what a window has forgotten costs nothing, and what it has not costs what it would."""
+    policy = Policy(name=f"d{next(NUMBERS)}", rates=((1000, 8),), strategy=strategy)
+    plan, tier, now = Policies([policy], read_rates=read_own).plan("invoke"), shared.limits._shared, START
+    model = Model([Rule(1000, 8, strategy)], 1)
+    assert tier is not None
+    for quarters, amount in steps:  # a quarter of a window is charged together, as of its end
+        now += 2 * quarters
+        shared.set_clock(now)
+        tier.owe(plan.quotas[0], f"{{a}}:{plan.quotas[0].key}", amount)
+        model.admitted += [(Fraction(now), "a")] * amount
+
+    now += 2 * after
+    shared.set_clock(now)
+    shared.run(tier._pay(everything=True))
+    (standing,) = shared.run(tier.peek(plan, [f"{{a}}:{plan.quotas[0].key}"]))
+
+    assert standing.remaining == 1000 - floor(model.count(model.rules[0], "a", Fraction(now)))
+
+
+def test_a_run_that_goes_on_is_charged_now_and_then_and_at_once_when_it_ends(shared: House) -> None:
+    """A stream that is charged with each message does not cost Redis a script for each; its end is not put off."""
+    tier, budget = shared.limits._shared, Policy(name=f"u{next(NUMBERS)}", rates=((1000, 64),), unit=Unit.TOKENS)
+    assert tier is not None
+    shared.limits.replace(Policies([budget], read_rates=read_own))
+    plan = shared.limits._policies.plan("invoke")
+
+    def left_after(seconds: float) -> int:
+        shared.set_clock(START + seconds)
+        shared.run(tier._pay(everything=False))
+        remaining: int = shared.run(tier.peek(plan, shared.limits.keys_of(plan, "a", "")))[0].remaining
+        return remaining
+
+    shared.set_clock(START)
+    shared.run(tier._pay(everything=True))
+    left_after(1)
+    lease = shared.admit("a")
+    left = []
+    for seconds in (1.1, 1.2, 1.6, 1.7):
+        lease.charge(10, estimated=True)
+        left.append(left_after(seconds))
+    lease.release()
+    lease.charge(5, estimated=False)
+    left.append(left_after(1.8))
+
+    assert left == [1000, 1000, 970, 970, 955]
+
+
+def test_what_was_estimated_too_high_is_given_back(house: House) -> None:
+    """Once the sidecar has told what a run used, that is what it costs; never less than nothing."""
+    house.set_clock(START)
+    house.limits.replace(
+        Policies([Policy(name=f"g{next(NUMBERS)}", rates=((100, 64),), unit=Unit.TOKENS)], read_rates=read_own)
+    )
+    told = []
+    for charged in (90, -60, -80):
+        lease = house.admit("a")
+        lease.charge(charged, estimated=True)
+        lease.release()
+        if house.limits._shared is not None:
+            house.run(house.limits._shared._pay(everything=True))
+        told.append(dict(house.admit("a").fields)[b"ratelimit"].split(b";")[1])
+
+    assert told == [b"r=10", b"r=70", b"r=100"]
 
 
 def test_nobody_collides_with_another_by_name(house: House) -> None:
@@ -295,7 +377,40 @@ def test_a_shadow_refuses_nobody_and_charges_as_if_it_did(house: House, caplog: 
         (f"r{mark}", "admitted"): 4,
         (f"r{mark}", "refused"): 1,
     }
-    assert [record.getMessage() for record in caplog.records] == ["limits.would_refuse"] * 3
+    assert [record.getMessage() for record in caplog.records] == ["limits.would_refuse"]
+
+
+def test_a_shadow_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """However many it would refuse: a line each ten seconds and policy, which says how many had none."""
+    now = [START]
+    shadows = [Policy(name=name, rates=((1, 1 << 20),), shadow=True) for name in ("one", "two")]
+    limits = Limits(Policies(shadows, read_rates=read_own), partition_of=str, local=LocalTier(), clock=lambda: now[0])
+    with caplog.at_level("INFO"), asyncio.Runner() as loop:
+        for second in (0, 1, 2, 9, 10, 11):
+            now[0] = START + second
+            loop.run(limits.admit(CALLER, "a", INVOKE))
+
+    told = [(record.fields["policy"], record.fields["untold"]) for record in caplog.records]  # type: ignore[attr-defined]  # ours
+    assert told == [("one", 0), ("two", 0), ("one", 3), ("two", 3)]
+
+
+def test_older_clients_are_told_of_requests_only(house: House) -> None:
+    """A slot that is left is no request that is left; where nothing counts requests they are told nothing."""
+    mark = next(NUMBERS)
+    runs = Policy(name=f"c{mark}", rates=((1, 0),), unit=Unit.RUNS, strategy=Strategy.CONCURRENCY)
+    windows = Policy(name=f"w{mark}", rates=((9, 64), (5, 8)))
+    house.set_clock(START)
+    house.limits._legacy = True
+    told = []
+    for policies in ([runs, windows], [runs]):
+        house.limits.replace(Policies(policies, read_rates=read_own))
+        lease = house.admit(f"older-{len(policies)}")
+        told.append({name: value for name, value in lease.fields if name.startswith(b"x-")})
+        lease.release()
+    house.limits._legacy = False
+
+    assert (told[0][b"x-ratelimit-limit"], told[0][b"x-ratelimit-remaining"]) == (b"5", b"4")
+    assert told[1] == {}
 
 
 def test_a_quota_is_its_key(house: House) -> None:

@@ -136,6 +136,16 @@ async def test_half_a_connection_is_none(house: House) -> None:
     writer.close()
 
 
+async def test_a_client_that_leaves_after_a_long_body_is_noticed(house: House) -> None:
+    """A body beyond what is buffered pauses the connection; its end is heard all the same."""
+    reader, writer = await house.connect()
+    writer.write(run(house.token, body=b'{"text":"%b"}' % (b"x" * 500_000)))
+    async with asyncio.timeout(10):
+        await reader.readuntil(b"part")
+        writer.close()
+        await house.gone.wait()
+
+
 async def test_a_connection_that_is_closed_is_not_held_by_a_client_that_does_not_read() -> None:
     """What was written and not taken keeps a closed transport open; the second look at it gives it up."""
     import uvloop  # noqa: PLC0415  only here: it is this loop's transport that lingers

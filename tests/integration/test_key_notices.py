@@ -20,8 +20,8 @@ import pytest
 from proxy.credentials import make_key, parse_key
 from proxy.keycache import LEAST_SECONDS, POLL_SECONDS
 from proxy.keystore import SqlKeyStore
-from proxy.model import StoredKey
 from proxy.notices import Notices
+from proxy.storedkeys import StoredKey
 from tests.support.commands import Operator
 from tests.support.postgres import Postgres, running_postgres
 from tests.support.proxy import Proxy, start_proxy, stop_proxy

@@ -656,7 +656,7 @@ async def test_bad_requests_are_problems(edge: Edge, request_: bytes, status: in
 
 async def test_one_address_has_so_many_connections(edge: Edge) -> None:
     """An address with all its streams open gets 429 for another one, and a place again when one ends."""
-    ((_, cap),) = directives("limit_conn")
+    ((_, cap),) = {tuple(each) for each in directives("limit_conn")}  # the same wherever it stands
     streams = [await edge.stream() for _ in range(int(cap))]
 
     client = await edge.client(post("/agent/stream"))
@@ -728,6 +728,19 @@ async def test_access_line_says_what_happened(edge: Edge) -> None:
     assert (line["upstream_status"], line["client_left"]) == ("200", False)
     assert isinstance(line["duration_s"], float)
     assert float(str(line["upstream_first_byte_s"])) >= 0
+
+
+@pytest.mark.parametrize("path", [b"/agent/caf\xe9/x", b"/agent/caf\xc3\xa9/x", b"/agent/caf\xff\xfe?q"])
+async def test_a_line_is_json_whatever_bytes_a_path_has(edge: Edge, path: bytes) -> None:
+    """What is no ASCII ends the path in the log, not the log: every line stays readable by machines."""
+    client = await edge.client(b"GET " + path + b" HTTP/1.1\r\nHost: a\r\nX-Request-Id: bytes-1\r\n\r\n")
+    proxy, _ = await edge.upstream.request()
+    await proxy.send(reply("200 OK", b"{}"))
+    await client.answer()
+
+    line = await edge.logged("bytes-1")
+
+    assert (line["path"], line["status"]) == ("/agent/caf", 200)
 
 
 async def test_health_is_nginx_own(edge: Edge) -> None:

@@ -221,3 +221,18 @@ async def test_a_dead_proxy_frees_its_leases(house: House) -> None:
         for task in hung:
             task.cancel()
         await asyncio.gather(*hung, return_exceptions=True)
+
+
+async def test_a_proxy_that_ends_takes_its_leases_along(house: House) -> None:
+    """SIGTERM while an invoke goes on that its client has left: Redis is told before the end, nothing need expire."""
+    longer = {"PROXY_FIRST_BYTE_TIMEOUT_SECONDS": "60", "PROXY_LEASE_SECONDS": "30", "PROXY_GRACE_SECONDS": "0"}
+    async with house.proxies(1, **longer) as ((proxy,), counting):
+        token = house.principals.token("leaving", tier="dying")
+        await ask(proxy.url, [invoke(token, "hang")], leave_after=0.3)
+        await until(lambda: counting.running == 1)
+        before = house.leases()
+
+        proxy.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(proxy.process.wait, DEADLINE)
+
+    assert (before, house.leases()) == (1, 0)

@@ -133,6 +133,26 @@ def test_a_run_is_one_trace_from_the_caller_to_the_agent(house: House) -> None:
     assert (server.kind, client.kind) == (2, 3)
 
 
+AG_UI = {"threadId": "support-42", "runId": "r", "messages": [{"id": "m", "role": "user", "content": PROMPT}]}
+FORM = {"file": ("a.txt", b"a file", "text/plain")}
+
+
+@pytest.mark.parametrize(
+    ("path", "sent", "name"),
+    [("/agent/v1/ag-ui", {"json": AG_UI}, "invoke_agent"), ("/agent/v1/files/upload", {"files": FORM}, "POST")],
+)
+def test_runs_over_ag_ui_and_files_are_traced_too(house: House, path: str, sent: dict[str, Any], name: str) -> None:
+    """The agent's parent is our client span there as well, and a run names its thread."""
+    trace = name[0].lower().encode().hex().ljust(32, "8")
+    head = {"authorization": f"Bearer {house.principals.token('alice')}"}
+    httpx.post(house.proxy.url + path, headers=head | {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"}, **sent)
+    client = house.collector.spans(trace, 5)[name]
+
+    assert house.told() == f"00-{trace}-{client.span_id.hex()}-01"
+    assert values(client)["url.template"] == path.removeprefix("/agent")
+    assert values(client).get("gen_ai.conversation.id", "~support-42").endswith("~support-42")
+
+
 def test_spans_say_what_was_done_and_how_long_it_took(house: House) -> None:
     """OpenTelemetry's names for HTTP and for agents; the phases follow each other within the server's span."""
     trace = TRACE.replace("4", "5")

@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from tests.support.agent import Agent, ask, start_agent, stop
-from tests.support.nginx import start_nginx
+from tests.support.nginx import BALANCER, CONFIG, Nginx, start_nginx
 from tests.support.nginx import stop as stop_nginx
 from tests.support.principals import Principals
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
@@ -132,24 +133,76 @@ async def test_runs_are_on_the_callers_threads(agent: Agent, tmp_path: Path) -> 
     assert "kettle" not in text_of(still)
 
 
-async def test_through_nginx(agent: Agent, tmp_path: Path) -> None:
-    """The edge hands on this upgrade, with a browser's way to present a token, and no other."""
-    async with proxied(tmp_path, agent.url, agent.secret) as (proxy, principals):
-        nginx = await asyncio.to_thread(start_nginx, tmp_path, proxy.url)
-        try:
-            offered = ["agentflow-bearer", principals.token("alice")]
-            address = f"ws://{nginx.host}:{nginx.port}"
-            async with connect(address + PATH, subprotocols=offered, proxy=None) as client:  # type: ignore[arg-type]
-                assert client.subprotocol == "agentflow-bearer"
-                heard = await run(client, {"text": "hello"})
-            for path in ("/agent/v1/threads", "/agent/v1/graph/live"):
-                with pytest.raises(InvalidStatus) as refused:
-                    await connect(address + path, subprotocols=offered, proxy=None)  # type: ignore[arg-type]
-                assert refused.value.response.status_code == 401  # a request like any other, without a credential
-        finally:
-            await asyncio.to_thread(stop_nginx, nginx)
+@asynccontextmanager
+async def before(directory: Path, url: str, deployed: Path = CONFIG) -> AsyncIterator[Nginx]:
+    """Run an nginx before `url`."""
+    await asyncio.to_thread(directory.mkdir)
+    nginx = await asyncio.to_thread(start_nginx, directory, url, deployed=deployed)
+    try:
+        yield nginx
+    finally:
+        await asyncio.to_thread(stop_nginx, nginx)
+
+
+async def test_through_both_nginx(agent: Agent, tmp_path: Path) -> None:
+    """The edge hands on this upgrade, with a browser's way to present a token, and no other; the balancer too."""
+    async with (
+        before(tmp_path / "balancer", agent.url, BALANCER) as balancer,
+        proxied(tmp_path, balancer.url, agent.secret) as (proxy, principals),
+        before(tmp_path / "edge", proxy.url) as nginx,
+    ):
+        offered = ["agentflow-bearer", principals.token("alice")]
+        address = f"ws://{nginx.host}:{nginx.port}"
+        async with connect(address + PATH, subprotocols=offered, proxy=None) as client:  # type: ignore[arg-type]
+            assert client.subprotocol == "agentflow-bearer"
+            heard = await run(client, {"text": "hello"})
+        for path in ("/agent/v1/threads", "/agent/v1/graph/live"):
+            with pytest.raises(InvalidStatus) as refused:
+                await connect(address + path, subprotocols=offered, proxy=None)  # type: ignore[arg-type]
+            assert refused.value.response.status_code == 401  # a request like any other, without a credential
 
     assert text_of(heard) == "You said: hello"
+
+
+async def test_a_run_whose_client_left_is_stopped_and_each_run_is_counted(agent: Agent, tmp_path: Path) -> None:
+    """Left alone it would go on until it has something to say; two that ended count as two, the third as left."""
+    settings = {"PROXY_METRICS_PORT": "0", "PROXY_RATE_LIMIT": "off"}
+    mark = f"00-{'c' * 32}-00f067aa0ba902b7-01"
+    async with proxied(tmp_path, agent.url, agent.secret, **settings) as (proxy, principals):
+        headers = {"Authorization": f"Bearer {principals.token('alice')}", "traceparent": mark}
+        client = await connect(proxy.url.replace("http", "ws", 1) + PATH, additional_headers=headers, proxy=None)
+        heard = [await run(client, {"text": text, "thread_id": "left"}) for text in ("one two", "three")]
+        await client.send(json.dumps({"text": "[wait 60s] never said", "thread_id": "left"}))
+        await client.recv()
+        during = await counted(proxy)
+        client.transport.abort()
+        line = await asyncio.to_thread(proxy.line_of, operation="ws", end="client_left")
+        while not (stops := [each for each in proxy.log_lines() if each["event"] == "run.stop_sent"]):
+            await asyncio.sleep(0.02)
+        after = await counted(proxy)
+
+    assert (stops[0]["status"], stops[0]["request_id"]) == (200, line["request_id"])
+    assert during['runs_in_flight{operation="ws"}'] == 1
+    assert after['runs_in_flight{operation="ws"}'] == 0
+    assert after['runs_total{end="done",operation="ws"}'] == 2
+    assert after['runs_total{end="client_left",operation="ws"}'] == 1
+    assert after['turns_total{operation="ws"}'] == 2
+    reported = 'model_tokens_total{direction="output",estimated="false",operation="ws"}'
+    assert after[reported] == sum(used_by(each) for each in heard)
+
+
+async def counted(proxy: Proxy) -> dict[str, float]:
+    """Give the numbers that the proxy tells, by name and labels."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        text = (await client.get(proxy.metrics_url)).text
+    lines = [line.removeprefix("agent_proxy_").rsplit(" ", 1) for line in text.splitlines() if line[0] != "#"]
+    return {name: float(value) for name, value in lines}
+
+
+def used_by(heard: list[dict[str, Any]]) -> int:
+    """Give the tokens of the answer that a run's events report."""
+    usages = [event["message"]["usages"] for event in heard if event["event"] == "message"]
+    return int([usage for usage in usages if usage][-1]["completion_tokens"])
 
 
 # Before an upstream of our own.

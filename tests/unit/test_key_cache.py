@@ -13,8 +13,8 @@ import pytest
 
 from proxy import keycache, keylookup
 from proxy.keycache import KeyCache
-from proxy.model import KeyStore, StoredKey
 from proxy.outages import KeyStoreDown
+from proxy.storedkeys import KeyStore, StoredKey
 
 ALICE = StoredKey("A" * 12, "alice", "a" * 64, frozenset())
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from proxy.credentials import make_key
 from proxy.keys import entry_text, parse_digest_lines, parse_import, parse_keys
-from proxy.model import StoredKey
 from proxy.operations import SCOPES
+from proxy.storedkeys import StoredKey
 
 DIGEST = "0123456789abcdef" * 4
 ALICE = StoredKey("AAAAAAAAAAAA", "alice", DIGEST, frozenset({"agent:invoke", "threads:read"}))

@@ -148,6 +148,26 @@ def test_a_share_is_a_part_of_the_amount_and_at_least_one() -> None:
     assert (amounts, own) == ([15, 250, 2, 125, 50_000], [1, 2])
 
 
+def test_a_share_has_room_for_one_request() -> None:
+    """What costs three fits in a quarter of eight, or nobody could ever ask for it without Redis."""
+    text = '[costs]\ninvoke = 3\n[[policies]]\nname = "requests"\nrate = "8/minute"'
+    shares = parse_policies(text).shared_by(4)
+
+    amounts = [shares.plan(name).quotas[0].amount for name in ("invoke", "ping")]
+
+    assert amounts == [3, 2]
+
+
+@pytest.mark.parametrize("rate", ["10001/minute", "9/minute", "20000/day;5/second"])
+def test_a_share_is_counted_as_the_whole_is(rate: str) -> None:
+    """Under the same key: what was admitted without Redis is charged there afterwards."""
+    whole = Policies([Policy(name="requests", rates=((5, 60),), strategy=Strategy.MOVING)], read_rates=read_own)
+
+    of_whole, of_share = (each.plan("invoke", rate=rate).quotas for each in (whole, whole.shared_by(4)))
+
+    assert [(q.key, q.strategy) for q in of_share] == [(q.key, q.strategy) for q in of_whole]
+
+
 def test_the_fields_name_each_unit() -> None:
     """Requests have no unit, runs and tokens have; what is in shadow is not told."""
     plan = parse_policies(WHOLE).plan("invoke", "gold")

@@ -6,7 +6,7 @@ Lines and answers are those of the sidecar; the integration test holds that agai
 import itertools
 import json
 import tracemalloc
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from proxy.model import Usage
 from proxy.outlines import HELD_BYTES, Outline, told_bytes
-from proxy.usage import UsageReader, reader_for
+from proxy.usage import Form, UsageReader, reader_for
 
 type Json = dict[str, Any]
 
@@ -57,7 +57,14 @@ def answer(*messages: Json, **more: object) -> bytes:
     return json.dumps({"data": data, "metadata": {}}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def fed(kind: Literal["answer", "stream"], *parts: bytes) -> UsageReader:
+def ag_ui(*events: tuple[str, str]) -> bytes:
+    """Write events of AG-UI as the sidecar does: the type, and its text."""
+    member = {"TOOL_CALL_RESULT": "content"}
+    told = [{"type": kind, "messageId": "m", member.get(kind, "delta"): text} for kind, text in events]
+    return b"".join(b"data: " + json.dumps(e, separators=(",", ":")).encode() + b"\n\n" for e in told)
+
+
+def fed(kind: Form, *parts: bytes) -> UsageReader:
     """Feed a new reader."""
     reader = reader_for(kind)
     for part in parts:
@@ -293,8 +300,8 @@ def test_an_answer_with_more_messages_than_are_held_is_estimated() -> None:
     assert usage.total_tokens > 10_000
 
 
-@pytest.mark.parametrize("kind", ["answer", "stream"])
-def test_memory_is_bounded(kind: Literal["answer", "stream"]) -> None:
+@pytest.mark.parametrize("kind", ["answer", "stream", "ag-ui"])
+def test_memory_is_bounded(kind: Form) -> None:
     """Sixteen megabytes without an end of line, or of any string, leave next to nothing behind."""
     reader = reader_for(kind)
     reader.feed(b'{"event":"message","message":{"message_id":"m","role":"assistant","content":[{"text":"')
@@ -343,3 +350,27 @@ def test_an_outline_differs_in_long_strings_only(value: object, borders: list[in
 
     assert json.loads(bytes(outline.held)) == [f"\0{HELD_BYTES}", outlined(value)]
     assert told_bytes(f"\0{HELD_BYTES}") == HELD_BYTES
+
+
+@pytest.mark.parametrize("size", [1, 7, 1 << 20])
+def test_ag_ui_is_estimated_from_what_the_model_wrote_and_read(size: int) -> None:
+    """It reports nothing: 40 bytes were written in a first call, and 4 in the next, which read those and a result."""
+    first = [("REASONING_MESSAGE_START", ""), ("REASONING_MESSAGE_CONTENT", "x" * 8), ("TEXT_MESSAGE_START", "")]
+    first += [("TEXT_MESSAGE_CONTENT", "y" * 12)] * 2 + [("TEXT_MESSAGE_END", ""), ("TOOL_CALL_ARGS", "z" * 8)]
+    then = [("TOOL_CALL_RESULT", "r" * 20), ("TEXT_MESSAGE_START", ""), ("TEXT_MESSAGE_CONTENT", "done")]
+    stream = ag_ui(("RUN_STARTED", "t"), *first, *then, ("TEXT_MESSAGE_END", ""), ("RUN_FINISHED", "t"))
+
+    reader = fed("ag-ui", *(stream[at : at + size] for at in range(0, len(stream), size)))
+
+    assert reader.usage() == Usage(15, 11, 26, estimated=True)
+    assert (reader.turns, reader.errors) == (2, 0)
+
+
+def test_a_long_event_of_ag_ui_counts_whole_and_is_not_held() -> None:
+    """A model that does not stream is told in one event; an error is counted."""
+    stream = ag_ui(("TEXT_MESSAGE_CONTENT", "x" * 400_000), ("RUN_ERROR", ""))
+
+    reader = fed("ag-ui", *(stream[at : at + 4096] for at in range(0, len(stream), 4096)))
+
+    assert reader.usage() == Usage(0, 100_000, 100_000, estimated=True)
+    assert reader.errors == 1

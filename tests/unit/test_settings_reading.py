@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from proxy.environment import SECRETS, SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text
-from proxy.model import Deadlines, StoredKey
+from proxy.model import Deadlines
 from proxy.settings import Settings
+from proxy.storedkeys import StoredKey
 
 AGENT = "agent-secret-of-enough-bytes-0001"
 JWT = "jwt-secret-of-more-than-32-bytes-0002"

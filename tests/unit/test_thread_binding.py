@@ -14,7 +14,8 @@ from proxy.claims import ClaimRules, accept_claims
 from proxy.credentials import ApiKey, digest_of, make_key, parse_key
 from proxy.errors import BodyInvalid, CredentialInvalid, NotFound, Problem
 from proxy.keycache import KeyCache
-from proxy.model import Principal, StoredKey
+from proxy.model import Principal
+from proxy.storedkeys import StoredKey
 from proxy.tenancy import SEPARATOR, bind_parameters, qualify, tag_of
 
 SECRET = b"a secret of thirty-two bytes....."

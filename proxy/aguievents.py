@@ -1,6 +1,6 @@
-"""The events of a run over AG-UI: they pass as they come, less what a failed run says.
+"""The events of a run over AG-UI: they pass as they come, less what the exception of a failed run says.
 
-Pure. The sidecar's events are one line each, `data: {"type":…}`.
+Pure. The sidecar's events are one line each, `data: {"type":…}`; what was used is read from them in `usage`.
 """
 
 from typing import Any, Final, override

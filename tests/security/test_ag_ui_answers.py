@@ -10,7 +10,7 @@ from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, chunk
 
 PATH = "/agent/v1/ag-ui"
 RUN = {"threadId": "t", "runId": "r", "messages": [{"id": "1", "role": "user", "content": "x" * 400}]}
-TEXT = b'data: {"type":"TEXT_MESSAGE_CONTENT","messageId":"m","delta":"hello"}\n\n'
+TEXT = b'data: {"type":"TEXT_MESSAGE_CONTENT","messageId":"m","delta":"%b"}\n\n' % (b"x" * 800)
 FAILED = b'data: {"type":"RUN_ERROR","message":"password=hunter2","code":"GRAPH_ERROR"}\n\n'
 
 

@@ -1,4 +1,4 @@
-"""What passes of AG-UI's events: all of it, but a failed run's text."""
+"""AG-UI's events pass byte for byte, but for what the exception of a failed run says."""
 
 import json
 from typing import Any

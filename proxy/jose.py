@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Final, NoReturn
 
 from proxy.errors import CredentialInvalid
@@ -65,7 +66,7 @@ def decode_strictly(raw: bytes) -> dict[str, Any]:
     token may see two. Raises CredentialInvalid.
     """
     try:
-        value = _DECODER.decode(raw.decode("utf-8"))
+        value = _decoder().decode(raw.decode("utf-8"))
         if b"\\u" in raw:  # the only way in which a lone surrogate could be written
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -103,8 +104,10 @@ def _no_number(text: str) -> NoReturn:
     raise ValueError(text)
 
 
-_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
-"""Made once: `json.loads` would make one for each text, which takes as long as to read it."""
+@cache
+def _decoder() -> json.JSONDecoder:
+    """Make the one decoder: `json.loads` would make one for each text, which takes as long as to read it."""
+    return json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
 
 
 def _text(header: Mapping[str, Any], name: str) -> str | None:

@@ -47,26 +47,16 @@ class Thresholds:
 
 
 class Overload:
-    """What this process carries, and whether it takes on more. `ticks` is in seconds of a monotonic clock.
+    """What this process carries, and whether it takes on more. `ticks` is in seconds of a monotonic clock."""
 
-    `kept` tells how many runs go on whose clients have left: they are open as well.
-    """
-
-    def __init__(
-        self,
-        thresholds: Thresholds,
-        *,
-        kept: Callable[[], int] = lambda: 0,
-        ticks: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, thresholds: Thresholds, *, ticks: Callable[[], float] = time.monotonic) -> None:
         self._thresholds = thresholds
-        self._kept = kept
         self._ticks = ticks
         self._least_lag, self._least_runs = thresholds.least("")
         self.loop_lag = 0.0
         """Seconds that the event loop is late, smoothed."""
         self.open_runs = 0
-        """Runs that were taken on and whose requests have not ended; who relays them counts them."""
+        """Runs that were taken on and have not ended; who relays them counts them."""
         self.refused = 0
         """Requests refused in this overload, or in the last."""
         self._began: float | None = None
@@ -74,14 +64,17 @@ class Overload:
 
     def require_room(self, tier: str) -> None:
         """Raise ReducedCapacity when new work of this tier has to wait."""
-        open_runs = self.open_runs + self._kept()
-        if self.loop_lag < self._least_lag and open_runs < self._least_runs:
+        if self.loop_lag < self._least_lag and self.open_runs < self._least_runs:
             return
         lag, runs = self._thresholds.least(tier)
         if self.loop_lag >= lag:
             self._refuse(tier, "loop lag")
-        if open_runs >= runs:
+        if self.open_runs >= runs:
             self._refuse(tier, "open runs")
+
+    def note_end(self) -> None:
+        """Take in that a run has ended whose request was over before."""
+        self.open_runs -= 1
 
     def note_turn(self, late: float) -> None:
         """Take in how late a turn of the loop was, in seconds; tell when an overload is over."""
@@ -116,11 +109,7 @@ class Overload:
         self._last_refusal = self._ticks()
         if self._began is None:
             self._began, self.refused = self._last_refusal, 0
-            fields = {
-                "measure": measure,
-                "loop_lag_ms": round(self.loop_lag * 1000),
-                "open_runs": self.open_runs + self._kept(),
-            }
+            fields = {"measure": measure, "loop_lag_ms": round(self.loop_lag * 1000), "open_runs": self.open_runs}
             log.warning("overload.began", extra={"fields": fields})
         self.refused += 1
         raise ReducedCapacity(retry_after=1 + self._thresholds.tiers_above(tier), reason=measure)

@@ -5,7 +5,9 @@ mean.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any, Final, cast, override
 
 import pydantic_core
@@ -86,6 +88,12 @@ class Leaving:
             self._was_closing = True
 
 
+@cache
+def _no_pipeline() -> deque[Any]:
+    """Give the pipeline of every connection, since none has one; a deque of its own would take 760 bytes of each."""
+    return deque()
+
+
 class OneAtATime(Leaving, HttpToolsProtocol):
     """One request on a connection at a time.
 
@@ -97,6 +105,7 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
         self._inbox: CycleInbox | None = None
+        self.pipeline = _no_pipeline()
 
     @override
     def on_message_begin(self) -> None:

@@ -55,17 +55,6 @@ def test_open_runs_cost_the_lowest_tier_its_room_first(runs: int, without_room: 
     assert {tier for tier in (*TIERS, "unheard-of") if refused(overload, tier)} == set(without_room)
 
 
-def test_a_run_whose_client_left_is_open_as_well() -> None:
-    """Who invokes and hangs up makes no room by that."""
-    kept = 0
-    overload = Overload(Thresholds(open_runs=10), kept=lambda: kept)
-    overload.open_runs = 4
-    before = refused(overload, "default")
-    kept = 6
-
-    assert (before, refused(overload, "default")) == (False, True)
-
-
 @given(st.integers(0, 40), st.integers(1, 30), st.integers(1, 6))
 def test_a_higher_tier_never_has_less_room(runs: int, most: int, tiers: int) -> None:
     """Whatever the numbers: who is refused, everybody below is; the highest gets all; one run is always possible."""

@@ -5,7 +5,7 @@ Exact for one proxy, and bounded: a million callers take no more memory than a h
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, override
+from typing import override
 
 import limits
 
@@ -13,12 +13,6 @@ from proxy.limits import QuietLimiter
 from proxy.policies import MOST_PLANS, Plan, Quota, Strategy
 from proxy.standings import Standing, concurrent, fits, fixed, left_of, moving, sliding
 from proxy.windows import BoundedMemoryStorage
-
-_NAMES: Final = {
-    Strategy.FIXED: "fixed-window",
-    Strategy.SLIDING: "sliding-window-counter",
-    Strategy.MOVING: "moving-window",
-}
 
 
 class QuotaItem(limits.RateLimitItemPerSecond):
@@ -37,15 +31,10 @@ class LocalTier:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        self._limiters = {
-            strategy: QuietLimiter(clock=clock, strategy=name).limiter for strategy, name in _NAMES.items()
-        }
-        storage = self._limiters[Strategy.SLIDING].storage
-        assert isinstance(storage, BoundedMemoryStorage)  # noqa: S101  chosen by its URI
-        self._storage = storage
-        for limiter in self._limiters.values():
-            limiter.storage = storage
-        self._hit_sliding = self._limiters[Strategy.SLIDING].hit
+        limiter = QuietLimiter(clock=clock).limiter
+        assert isinstance(limiter.storage, BoundedMemoryStorage)  # noqa: S101  chosen by its URI
+        self._storage = limiter.storage
+        self._hit_sliding = limiter.hit
         self._running: dict[str, int] = {}
         self._items: dict[Plan, tuple[QuotaItem, ...]] = {}
 
@@ -60,9 +49,9 @@ class LocalTier:
             fit = [self._fits(quota, key) for quota, key in zip(quotas, keys, strict=True)]
             admitted = all(each or quota.shadow for each, quota in zip(fit, quotas, strict=True))
             if admitted:
-                for each, quota, item, key in zip(fit, quotas, items, keys, strict=True):
+                for each, quota, key in zip(fit, quotas, keys, strict=True):
                     if each and quota.cost:
-                        self._take(quota, item, key)
+                        self.note(quota, key)
             told = zip(fit, quotas, keys, strict=True)
             return admitted, [self._standing(quota, key, fit=each) for each, quota, key in told]
         finally:
@@ -78,7 +67,7 @@ class LocalTier:
         self._running[key] = self._running.get(key, 0) + 1
 
     def note(self, quota: Quota, key: str) -> None:
-        """Count what was charged elsewhere, so that this process knows its part of it."""
+        """Count what was found to fit, here or elsewhere: of that, this process knows its part."""
         if quota.strategy is Strategy.CONCURRENCY:
             self.enter(key)
         elif quota.strategy is Strategy.MOVING:
@@ -116,12 +105,6 @@ class LocalTier:
             limit = quota.amount - quota.need + 1
             return fits(previous, current, limit=limit, window=quota.window, left=left)
         return self._count(quota, key) + quota.need <= quota.amount
-
-    def _take(self, quota: Quota, item: QuotaItem, key: str) -> None:
-        if quota.strategy is Strategy.CONCURRENCY:
-            self.enter(key)
-        else:
-            self._limiters[quota.strategy].hit(item, key, cost=quota.cost)
 
     def _standing(self, quota: Quota, key: str, *, fit: bool) -> Standing:
         if quota.strategy is Strategy.SLIDING:

@@ -373,8 +373,6 @@ def test_what_was_asked_over_ag_ui_is_read_at_every_call() -> None:
     silent = reader.usage()
     answers = ag_ui(("TEXT_MESSAGE_CONTENT", "x" * 40), ("TOOL_CALL_RESULT", "r" * 20), ("TEXT_MESSAGE_CONTENT", "y"))
     reader.feed(answers)
-        ag_ui(("TEXT_MESSAGE_CONTENT", "x" * 40), ("TOOL_CALL_RESULT", "r" * 20), ("TEXT_MESSAGE_CONTENT", "y"))
-    )
 
     assert silent is None
     assert reader.usage() == Usage(100 + 100 + 15, 10 + 1, 226, estimated=True)

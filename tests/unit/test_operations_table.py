@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.cli import main
 from proxy.operations import (
     IMPERSONATE,
     NOT_EXPOSED,
@@ -171,3 +172,13 @@ def test_any_other_encoding_of_a_parameter_is_canonical(segments: list[str]) -> 
     raw = "/" + "/".join(quote(segment, safe="") for segment in segments)
 
     assert is_canonical(raw.encode(), path)
+
+
+def test_the_command_tells_what_bounds_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file has its own size and time, a WebSocket those of each message and of the whole."""
+    assert main(["operations"]) == 0
+    told = {line.split()[1]: line for line in capsys.readouterr().out.splitlines()}
+
+    assert told["/agent/v1/files/upload"].endswith("27262976 bytes, 120 s")
+    assert told["/agent/v1/graph/ws"].endswith("1048576 bytes a message, 3600 s")
+    assert told["/agent/v1/files/{file_id}"].endswith("no body, 30 s")

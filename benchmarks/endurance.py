@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -26,6 +27,8 @@ from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, answer, c
 LINE = b'{"event":"message","text":"' + b"x" * 480 + b'"}\n'
 BLOCK = chunk(LINE * 128)
 MIB = 1 << 20
+SLOTS = 20_000
+"""Runs that one caller may have at once: all of them, but each is counted and must be given back."""
 
 
 async def talk(line: Line) -> None:
@@ -85,6 +88,16 @@ class Subject:
     async def is_served(self) -> float:
         """Give the seconds that an invoke on a new connection takes. Raises OSError or TimeoutError."""
         began = time.monotonic()
+        await self._invoked()
+        return time.monotonic() - began
+
+    async def slots_free(self) -> int:
+        """Give how many more runs the caller might have had at once beside one that is being asked for."""
+        found = re.search(rb'"concurrency";r=(\d+)', await self._invoked())
+        return int(found[1]) if found is not None else 0
+
+    async def _invoked(self) -> bytes:
+        """Give the head of an invoke's answer, on a new connection. Raises OSError or TimeoutError."""
         async with asyncio.timeout(10):
             reader, writer = await self.connect()
             writer.write(self.request("hi", path="/agent/invoke"))
@@ -92,7 +105,7 @@ class Subject:
             writer.close()
         if not head.startswith(b"HTTP/1.1 200"):
             raise ConnectionError(head[:40])
-        return time.monotonic() - began
+        return head
 
     async def come_to(self, descriptors: int, seconds: float = 20) -> bool:
         """Wait until no more than so many descriptors are open."""
@@ -106,8 +119,8 @@ class Subject:
 async def subject(directory: Path, **environment: str) -> AsyncIterator[Subject]:
     """Run a proxy, warmed up."""
     principals = Principals()
-    settings = {"PROXY_RATE_LIMIT": "off", "PROXY_POOL_IDLE_SECONDS": "0.5"} | environment
-    async with proxy_before(talk, directory, principals, **settings) as (proxy, _):
+    settings = {"PROXY_RATE_LIMIT": "off", "PROXY_CONCURRENCY_LIMIT": str(SLOTS), "PROXY_POOL_IDLE_SECONDS": "0.5"}
+    async with proxy_before(talk, directory, principals, **settings, **environment) as (proxy, _):
         one = Subject(proxy, principals.token("alice"))
         for _ in range(20):
             await one.is_served()
@@ -165,9 +178,14 @@ async def cancellations(one: Subject, *, count: int, at_once: int, seed: int = 1
     before = one.memory()
     await asyncio.gather(*(leave() for _ in range(count - count // 4)))
     same = await one.come_to(descriptors)
-    await one.is_served()
+    slots = await one.slots_free()
     left = one.descriptors() - descriptors if not same else 0
-    return {"left": count, "descriptors_more": left, "grown_mib": (one.memory() - before) / MIB}
+    return {
+        "left": count,
+        "descriptors_more": left,
+        "slots_lost": SLOTS - 1 - slots,
+        "grown_mib": (one.memory() - before) / MIB,
+    }
 
 
 async def crowd(one: Subject, *, idle: int, streams: int) -> dict[str, float]:

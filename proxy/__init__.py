@@ -21,8 +21,8 @@
 9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
                       or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
-                      run has used (of what is long, from its `outlines`), `tallies` add it up. `runs` knows which go
-                      on, and minds those whose client left.
+                      run has used (of what is long, from its `outlines`), `tallies` add it up; `aguievents` keeps
+                      what an exception said out of AG-UI. `runs` knows which go on, and minds those whose client left.
 11. `observability`   tells its watchers that it has ended: the `accesslog` writes its line, `metrics` count it,
                       `traces` send its spans.
 

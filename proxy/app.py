@@ -96,7 +96,7 @@ def create_app(
     overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
-    runs = Runs(upstream, settings.flow_rules())
+    runs = Runs(upstream, settings.flow_rules(), overload.note_end)
     relay = Relay(upstream, runs, settings.flow_rules())
     operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)

@@ -100,7 +100,7 @@ class Duplex:
             async with self._connected(request) as upstream:
                 await receive()  # websocket.connect
                 offers = BEARER_SUBPROTOCOL.decode() in scope["subprotocols"][:1]
-                await send({"type": "websocket.accept", "subprotocol": BEARER_SUBPROTOCOL.decode() if offers else None})
+                await _accept(send, BEARER_SUBPROTOCOL.decode() if offers else None)
                 lease.release()  # a run takes a slot, a connection alone does not
                 await self._carry(permit, tag, scope, request, upstream, receive, send)
 
@@ -207,6 +207,13 @@ async def _require_same(permit: Permit, reprove: Callable[[], Awaitable[Principa
     authorize(principal, permit.operation)
     if principal.namespace != permit.principal.namespace:
         raise CredentialInvalid(reason="another principal")
+
+
+async def _accept(send: Send, subprotocol: str | None) -> None:
+    try:
+        await send({"type": "websocket.accept", "subprotocol": subprotocol})
+    except OSError as error:  # what uvicorn raises when the client is gone
+        raise ClientLeft from error
 
 
 async def _close(send: Send, close: Close) -> None:

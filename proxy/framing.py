@@ -63,12 +63,16 @@ class ErrorLines:
         self.run_failed |= status != _TOOL_FAILED
         if self.is_full:
             return line, status
-        if self._detail == "log":
-            self._told({key: _short(each) for key, each in list(said.items())[:20]} or {"line": _short(line)})
+        self.note(said, line)
         kept = {key: said[key] for key in ("tool_name", "tool_call_id", "node") if isinstance(said.get(key), str)}
         message = "A tool failed." if status == _TOOL_FAILED else MESSAGES[End.UPSTREAM_ERROR]
         ids = {key: value[key] for key in ("thread_id", "run_id") if isinstance(value.get(key), str)}
         return self.line(status, message, kept, ids), status
+
+    def note(self, said: dict[str, Any], line: bytes) -> None:
+        """Log what is not told of a line, where that is asked for."""
+        if self._detail == "log":
+            self._told({key: _short(each) for key, each in list(said.items())[:20]} or {"line": _short(line)})
 
     def line(
         self, code: str, message: str, more: dict[str, str] | None = None, ids: dict[str, str] | None = None
@@ -85,6 +89,9 @@ class RawLines:
     Holds back nothing but the beginning of what may yet be an error line, and the rest of one, up to `most` bytes.
     """
 
+    mark = _ERROR
+    """Bytes that every error line has."""
+
     def __init__(self, errors: ErrorLines, most: int) -> None:
         self._errors = errors
         self._most = most
@@ -95,14 +102,14 @@ class RawLines:
 
     def feed(self, data: bytes) -> bytes:
         """Take in what arrived and give what can be passed on."""
-        if not self._held and _ERROR not in data:
+        if not self._held and self.mark not in data:
             tail = data.rfind(b"\n") + 1
             if tail == len(data):
                 self._verdict = None
                 return data
             if tail == 0 and self._verdict is False:
                 return data
-            if _could_be_error(data[tail : tail + _LONGEST_HEAD]) is False:
+            if self._is_error(data[tail : tail + _LONGEST_HEAD]) is False:
                 self._verdict = False
                 return data
         parts: list[bytes] = []
@@ -119,7 +126,7 @@ class RawLines:
         if self._verdict is None:
             self._held.append(piece)
             self._size += len(piece)
-            self._verdict = _could_be_error(b"".join(self._held))
+            self._verdict = self._is_error(b"".join(self._held))
             if self._verdict is False or (self._verdict is None and piece.endswith(b"\n")):
                 parts += self._held
                 self._held, self._size = [], 0
@@ -142,21 +149,23 @@ class RawLines:
         line = b"".join(self._held)
         self._held, self._size = [], 0
         body = line.rstrip(b"\r\n")
-        return self._errors.safe(body)[0] + (line[len(body) :] or b"\n")
+        return self._safe(body) + (line[len(body) :] or b"\n")
+
+    def _is_error(self, beginning: bytes) -> bool | None:
+        """Say whether a line that begins so is an error line; None while that cannot be told."""
+        head = beginning[:_LONGEST_HEAD].removeprefix(_BOM).translate(None, _BLANK)
+        if head.startswith(_ERROR_HEAD):
+            return True
+        undecided = _ERROR_HEAD.startswith(head) or _BOM.startswith(head)
+        return None if undecided and len(beginning) < _LONGEST_HEAD else False
+
+    def _safe(self, line: bytes) -> bytes:
+        return self._errors.safe(line)[0]
 
 
 def _lines_of(data: bytes) -> list[bytes]:
     *whole, rest = data.split(b"\n")
     return [line + b"\n" for line in whole] + ([rest] if rest else [])
-
-
-def _could_be_error(beginning: bytes) -> bool | None:
-    """Say whether a line that begins so is an error line; None while that cannot be told."""
-    head = beginning[:_LONGEST_HEAD].removeprefix(_BOM).translate(None, _BLANK)
-    if head.startswith(_ERROR_HEAD):
-        return True
-    undecided = _ERROR_HEAD.startswith(head) or _BOM.startswith(head)
-    return None if undecided and len(beginning) < _LONGEST_HEAD else False
 
 
 class LineTooLongError(Exception):

@@ -26,6 +26,8 @@ from proxy.redisclient import connect
 
 LONGEST_WINDOW: Final = 366 * 86_400
 _LONGEST_OWN: Final = 9_999 * 86_400
+MOST_AMOUNT: Final = 10**15
+"""From here on the RateLimit fields cannot tell it: RFC 9651 §3.3.1 has integers of 15 digits."""
 MOST_RUNS: Final = 1_000_000
 RATE_FORM: Final = "must be `off` or amounts per window, such as 60/minute or 10/second;1000/day"
 COUNT_FORM: Final = "must be `off` or a number of runs from 1 to 1000000"
@@ -42,7 +44,7 @@ def read_rates(text: str, *, longest: int = LONGEST_WINDOW) -> tuple[Rate, ...]:
         rates = [(item.amount, item.get_expiry()) for item in limits.parse_many(text)]
     except ValueError:
         rates = []
-    if not rates or any(amount < 1 or not 0 < window <= longest for amount, window in rates):
+    if not rates or any(not 0 < amount < MOST_AMOUNT or not 0 < window <= longest for amount, window in rates):
         raise ValueError(RATE_FORM)
     return least_of(rates)
 

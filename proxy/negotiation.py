@@ -22,6 +22,8 @@ class Wish(StrEnum):
     AS_IT_IS = "as it is"
     LINES = "lines"
     EVENTS = "events"
+    AG_UI = "ag-ui"
+    """As it is, which is events of AG-UI's own."""
 
 
 def wish_of(headers: Headers) -> Wish:

@@ -72,6 +72,10 @@ class Overload:
         if self.open_runs >= runs:
             self._refuse(tier, "open runs")
 
+    def note_end(self) -> None:
+        """Take in that a run has ended whose request was over before."""
+        self.open_runs -= 1
+
     def note_turn(self, late: float) -> None:
         """Take in how late a turn of the loop was, in seconds; tell when an overload is over."""
         self.loop_lag += (max(late, 0.0) - self.loop_lag) * _SMOOTHING

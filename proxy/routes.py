@@ -79,7 +79,7 @@ class Phases:
         raw = await self._read(scope, receive)
         body, thread_id = bind_ag_ui(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body, thread_id=thread_id)
-        run = replace(self._run(permit, thread_id, lease, scope, request), wish=Wish.AS_IT_IS)
+        run = replace(self._run(permit, thread_id, lease, scope, request), wish=Wish.AG_UI)
         await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
 
     async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +147,7 @@ class Phases:
         record: Record = scope[RECORD]
         streams = permit.operation.scope == STREAM
         form: Form = "ag-ui" if permit.operation.kind is Kind.AG_UI else "stream" if streams else "answer"
-        spending = Spending(reader_for(form), lease, record)
+        spending = Spending(reader_for(form, asked=request.body), lease, record)
         stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
         return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 
@@ -201,8 +201,8 @@ class Endpoint:
         try:
             await self._perform(permit, tag, lease, scope, receive, send)
         finally:
-            overload.open_runs -= self._runs
             if not record.goes_on:
+                overload.open_runs -= self._runs
                 lease.release()
 
 

@@ -75,9 +75,10 @@ class Run:
 
 
 class Runs:
-    """Runs that go on, whoever still listens to them."""
+    """Runs that go on, whoever still listens to them. `note_end` is told when one has ended that was kept."""
 
-    def __init__(self, upstream: Upstream, rules: FlowRules) -> None:
+    def __init__(self, upstream: Upstream, rules: FlowRules, note_end: Callable[[], None] = lambda: None) -> None:
+        self._note_end = note_end
         self._upstream = upstream
         self._rules = rules
         self._by_thread: dict[str, list[Run]] = {}
@@ -155,6 +156,7 @@ class Runs:
             lease.release()
             run.spending.settle()
             run.record.goes_on = False
+            self._note_end()
 
     async def _stop(self, run: Run) -> None:
         status, reason = 0, ""

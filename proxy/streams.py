@@ -9,6 +9,7 @@ import logging
 from collections.abc import Awaitable
 from typing import Any, Final
 
+from proxy.aguievents import AgUiLines
 from proxy.ends import End
 from proxy.errors import BudgetSpentMidway
 from proxy.forwarding import downstream_headers
@@ -106,7 +107,8 @@ class Stream:
         await self._write(body + frames.end(self._settle()), more=False)
 
     async def _deliver_lines(self, exchange: Exchange) -> None:
-        lines = RawLines(self._errors, self._rules.max_line)
+        form = AgUiLines if self._run.wish is Wish.AG_UI else RawLines
+        lines = form(self._errors, self._rules.max_line)
         first = b""
         headers = exchange.headers
         if self._run.wish is Wish.LINES:

@@ -36,6 +36,8 @@ _TYPE: Final = re.compile(rb'data:\s*+\{\s*+"type"\s*+:\s*+"([A-Z_]++)"')
 _BEGINS: Final = frozenset({b"TEXT_MESSAGE_START", b"REASONING_MESSAGE_START"})
 _WRITES: Final = frozenset({b"TEXT_MESSAGE_CONTENT", b"REASONING_MESSAGE_CONTENT", b"TOOL_CALL_ARGS"})
 _IS_SAID: Final = b"TEXT_MESSAGE_END"
+_ASKS: Final = frozenset({"user", "tool"})
+"""Roles of the messages of AG-UI's request that are new to the thread."""
 _IS_READ: Final = b"TOOL_CALL_RESULT"
 _FAILS: Final = b"RUN_ERROR"
 
@@ -62,10 +64,14 @@ class UsageReader(Protocol):
         """Give what was used so far; None while nothing is known."""
 
 
-def reader_for(form: Form) -> UsageReader:
-    """Give a reader of an invoke's one answer, of a stream's lines, or of AG-UI's events."""
-    readers: dict[Form, type[UsageReader]] = {"answer": AnswerReader, "stream": StreamReader, "ag-ui": AgUiReader}
-    return readers[form]()
+def reader_for(form: Form, *, asked: bytes = b"") -> UsageReader:
+    """Give a reader of an invoke's one answer, of a stream's lines, or of AG-UI's events.
+
+    AG-UI does not repeat the messages that were `asked` with, the run's body.
+    """
+    if form == "ag-ui":
+        return AgUiReader(asked)
+    return AnswerReader() if form == "answer" else StreamReader()
 
 
 class AnswerReader:
@@ -201,8 +207,9 @@ class AgUiReader(StreamReader):
     A call of the model reasons, says, and asks for tools; the next begins with a tool's result, or says more.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, asked: bytes = b"") -> None:
         super().__init__()
+        self._asked = asked
         self._calls = self._written = 0
         self._said = False
 
@@ -211,6 +218,7 @@ class AgUiReader(StreamReader):
         kind = _TYPE.match(line)
         name = kind[1] if kind is not None else b""
         if name in _WRITES:
+            self._take_asked()
             text = _member(line, "delta")
             self._written += text
             self._tally.add_delta(b"%d" % self._calls, text)
@@ -224,6 +232,13 @@ class AgUiReader(StreamReader):
             self._begin_call()
         elif name == _FAILS:
             self.errors += 1
+
+    def _take_asked(self) -> None:
+        """Count the messages that the model reads, once it has answered."""
+        asked, self._asked = self._asked, b""
+        for message in pydantic_core.from_json(asked)["messages"] if asked else ():
+            if message.get("role") in _ASKS:
+                self._tally.add_context(json_bytes(message.get("content") or ""))
 
     def _begin_call(self) -> None:
         self._tally.add_context(self._written)

@@ -121,3 +121,36 @@ async def test_a_proxy_that_is_late_refuses_until_it_has_caught_up(tmp_path: Pat
 
     assert health.status_code == 200
     assert line["reason"] == "loop lag"
+
+
+async def test_an_invoke_whose_client_left_is_open_until_upstream_ends(tmp_path: Path) -> None:
+    """Hanging up makes no room: the run goes on, and is counted, until the sidecar has answered it."""
+    begun, done = asyncio.Event(), asyncio.Event()
+
+    async def talk(line: Line) -> None:
+        while request := await line.request():
+            if b"/invoke" in request.split(b"\r\n")[0]:
+                begun.set()
+                await done.wait()
+            await line.write(answer(b"{}", "content-type: application/json"))
+
+    principals = Principals()
+    environment = {**principals.environment(), "PROXY_RATE_LIMIT": "off", "PROXY_MAX_OPEN_RUNS": "1"}
+    async with raw_upstream(talk) as upstream:
+        proxy = await asyncio.to_thread(start_proxy, tmp_path, upstream.url, SECRET, **environment)
+        headers = {"Authorization": f"Bearer {principals.token('alice')}"}
+        try:
+            async with httpx.AsyncClient(base_url=proxy.url, headers=headers, timeout=10, trust_env=False) as client:
+                left = asyncio.create_task(client.post("/agent/invoke", json={"text": "hi"}))
+                await asyncio.wait_for(begun.wait(), 10)
+                left.cancel()
+                await asyncio.to_thread(proxy.line_of, operation="invoke", end="client_left")
+                refused = await client.post("/agent/invoke", json={"text": "hi"})
+                done.set()
+                async with asyncio.timeout(10):
+                    while (await client.post("/agent/invoke", json={"text": "hi"})).status_code != 200:
+                        await asyncio.sleep(0.01)
+        finally:
+            await asyncio.to_thread(stop_proxy, proxy.process)
+
+    assert (refused.status_code, refused.json()["code"]) == (503, "reduced_capacity")

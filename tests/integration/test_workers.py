@@ -140,7 +140,8 @@ def test_workers_are_counted_together(tmp_path: Path, agent: Agent, principals: 
         def told() -> bool:
             text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
             lines = [line for line in text.splitlines() if line.startswith("agent_proxy_requests_total{")]
-            return sum(float(line.split()[-1]) for line in lines if 'operation="ping"' in line) == 20
+            pings = sum(float(line.split()[-1]) for line in lines if 'operation="ping"' in line)
+            return pings == 20 and f"agent_proxy_workers {WORKERS}.0" in text.splitlines()
 
         await_true(told)
     finally:

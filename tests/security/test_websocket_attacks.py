@@ -184,6 +184,35 @@ async def test_a_client_that_does_not_read_holds_no_place_for_ever(tmp_path: Pat
     assert (line["end"], status) == ("total_deadline" if "TOTAL" in setting else "idle_deadline", 101)
 
 
+async def test_a_client_that_leaves_during_the_handshake_is_one_that_left(tmp_path: Path) -> None:
+    """It is no failure of the proxy's, and leaves no line that says so."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def wait(*_: object) -> None:
+        asked.set()
+        await go_on.wait()
+
+    async def talk(_: ServerConnection) -> None:
+        pass
+
+    principals = Principals()
+    async with serve(talk, "127.0.0.1", 0, process_request=wait) as server:
+        url = "http://{}:{}".format(*server.sockets[0].getsockname())
+        proxy = await asyncio.to_thread(start_proxy, tmp_path, url, SECRET, **principals.environment())
+        try:
+            async with dialled(proxy, principals.token("alice")):
+                await asyncio.wait_for(asked.wait(), 10)
+            async with httpx.AsyncClient(base_url=proxy.url, trust_env=False) as http:
+                await http.get("/health/live")  # by now the proxy has heard of the reset
+            go_on.set()
+            line = await asyncio.to_thread(proxy.line_of, operation="ws")
+        finally:
+            await asyncio.to_thread(stop_proxy, proxy.process)
+
+    assert line["end"] == "client_left"
+    assert "request.failed" not in proxy.log.read_text()
+
+
 async def test_one_caller_does_not_take_every_place(tmp_path: Path) -> None:
     """Whomever he acts for he has his share and is told so; others still get in, and what is closed is his again."""
     async with (

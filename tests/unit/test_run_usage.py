@@ -366,6 +366,18 @@ def test_ag_ui_is_estimated_from_what_the_model_wrote_and_read(size: int) -> Non
     assert (reader.turns, reader.errors) == (2, 0)
 
 
+def test_what_was_asked_over_ag_ui_is_read_at_every_call() -> None:
+    """It is not repeated in the events; what only describes the caller's page is not read by the model."""
+    asked = {"messages": [{"role": "user", "content": "q" * 400}, {"role": "assistant", "content": "a" * 400}]}
+    reader = reader_for("ag-ui", asked=json.dumps(asked | {"state": {"page": "s" * 9000}}).encode())
+    silent = reader.usage()
+    answers = ag_ui(("TEXT_MESSAGE_CONTENT", "x" * 40), ("TOOL_CALL_RESULT", "r" * 20), ("TEXT_MESSAGE_CONTENT", "y"))
+    reader.feed(answers)
+
+    assert silent is None
+    assert reader.usage() == Usage(100 + 100 + 15, 10 + 1, 226, estimated=True)
+
+
 def test_a_long_event_of_ag_ui_counts_whole_and_is_not_held() -> None:
     """A model that does not stream is told in one event; an error is counted."""
     stream = ag_ui(("TEXT_MESSAGE_CONTENT", "x" * 400_000), ("RUN_ERROR", ""))

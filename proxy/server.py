@@ -4,6 +4,7 @@ Knows nothing of requests; ends with status 0 after SIGTERM or SIGINT, answers f
 """
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -192,6 +193,9 @@ class Server(uvicorn.Server):
     @override
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        # What is here now stays: not to look through it at each collection saves 6 % of an invoke.
+        gc.collect()
+        gc.freeze()
         self._listeners = sockets or ()
         if self._started is not None and not self.should_exit:
             self._started()

@@ -34,15 +34,17 @@ local function read_window(q)
   return math.floor(q.previous * (left / q.window) + q.current) < q.amount - q.need + 1
 end
 
+-- Reading writes nothing: a script that has written is let on where memory is full, and nobody would hear of it.
 local function read_moving(q)
-  redis.call('ZREMRANGEBYSCORE', q.key, '-inf', now - q.window)
-  q.current = redis.call('ZCARD', q.key)
+  q.past = now - q.window
+  q.live = string.format('(%.0f', q.past)
+  q.current = redis.call('ZCOUNT', q.key, q.live, '+inf')
   return q.current + q.need <= q.amount
 end
 
 local function read_running(q)
-  redis.call('ZREMRANGEBYSCORE', q.key, '-inf', now)
-  q.current = redis.call('ZCARD', q.key)
+  q.past = now
+  q.current = redis.call('ZCOUNT', q.key, string.format('(%.0f', now), '+inf')
   return q.current < q.amount
 end
 
@@ -65,11 +67,13 @@ if admitted and ARGV[1] == 'take' then
       q.current = q.current + q.cost
       if q.kind == 'c' then
         redis.call('ZADD', q.key, now + ARGV[4], ARGV[3])
+        redis.call('ZREMRANGEBYSCORE', q.key, '-inf', q.past)
         redis.call('PEXPIRE', q.key, math.ceil(ARGV[4] / 1000))
       elseif q.kind == 'm' then
         for number = 1, q.cost do
           redis.call('ZADD', q.key, now, ARGV[3] .. ':' .. number)
         end
+        redis.call('ZREMRANGEBYSCORE', q.key, '-inf', q.past)
         redis.call('PEXPIRE', q.key, math.ceil(q.window / 1000))
       else
         redis.call('HSET', q.key, 'i', q.index, 'c', q.current, 'p', q.previous)
@@ -83,11 +87,12 @@ local told = {admitted and '1' or '0', string.format('%.0f', now)}
 for _, q in ipairs(quotas) do
   local one, two = q.previous or 0, 0
   if q.kind == 'm' then
-    local oldest = redis.call('ZRANGE', q.key, 0, 0, 'WITHSCORES')
+    local oldest = redis.call('ZRANGEBYSCORE', q.key, q.live, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
     one = oldest[2] and oldest[2] + q.window - now or 0
     two = q.window
     if not q.fits then
-      local last = redis.call('ZRANGE', q.key, q.current + q.need - q.amount - 1, -1, 'WITHSCORES')
+      local skipped = q.current + q.need - q.amount - 1
+      local last = redis.call('ZRANGEBYSCORE', q.key, q.live, '+inf', 'WITHSCORES', 'LIMIT', skipped, 1)
       two = last[2] and last[2] + q.window - now or q.window
     end
   end

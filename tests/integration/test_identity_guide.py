@@ -41,6 +41,11 @@ def test_each_command_of_the_guide_does_what_it_says(tmp_path: Path) -> None:
             def here(text: str) -> str:
                 return text.replace("https://login.example.com", provider.issuer).replace(":8000", f":{port}")
 
+            # A line is in the log a moment after the answer; who reads the page takes longer than that.
+            steps = [
+                (re.sub(r"(?m)^(grep .* proxy\.log)$", r"until \1; do read -t 0.05; done", step), text)
+                for step, text in steps
+            ]
             script = "trap 'kill %1; wait' EXIT\n" + "".join(f"echo '{MARK}'\n{here(step)}\n" for step, _ in steps)
             process = subprocess.Popen(
                 ["/usr/bin/env", "bash", "-c", script],

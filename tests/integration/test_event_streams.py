@@ -4,7 +4,7 @@ import asyncio
 import gzip
 import json
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -271,8 +271,8 @@ async def test_agentflows_typescript_client_gets_lines(house: House, body: bytes
     assert [event["n"] for event in events] == ([0, 1, 2] if body is BODY else [])
 
 
-async def test_a_run_that_was_stopped_says_so(house: House) -> None:
-    """Its caller asked for it: the end is no failure, and not the usual one either."""
+def until_stopped() -> Callable[[Line], Awaitable[None]]:
+    """Make a sidecar whose streams end when it is asked to stop, whosever they are."""
     stopping = asyncio.Event()
 
     async def talk(line: Line) -> None:
@@ -285,7 +285,12 @@ async def test_a_run_that_was_stopped_says_so(house: House) -> None:
             await stopping.wait()
             await line.write(LAST_CHUNK)
 
-    house.talk = talk
+    return talk
+
+
+async def test_a_run_that_was_stopped_says_so(house: House) -> None:
+    """Its caller asked for it: the end is no failure, and not the usual one either."""
+    house.talk = until_stopped()
     run = {"text": "hi", "thread_id": "stopped"}
     async with (
         client_of(house.proxy, house.principals, **EVENTS) as client,
@@ -302,19 +307,7 @@ async def test_a_run_that_was_stopped_says_so(house: House) -> None:
 
 async def test_a_stop_of_somebody_else_is_not_this_runs(house: House) -> None:
     """Another caller's thread of the same name is another thread."""
-    stopping = asyncio.Event()
-
-    async def talk(line: Line) -> None:
-        request = await line.request()
-        if b"/v1/graph/stop" in request:
-            stopping.set()
-            await line.write(answer(b"{}"))
-        else:
-            await line.write(CHUNKED_HEAD + chunk(BODY))
-            await stopping.wait()
-            await line.write(LAST_CHUNK)
-
-    house.talk = talk
+    house.talk = until_stopped()
     other = {"Authorization": f"Bearer {house.principals.token('mallory')}"}
     async with (
         client_of(house.proxy, house.principals, **EVENTS) as client,

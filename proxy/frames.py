@@ -7,42 +7,32 @@ from collections.abc import Callable
 from typing import Annotated, Any, Final, Literal
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import FailFast
 
 from proxy.errors import BodyInvalid, Problem, RateExceeded
-from proxy.handles import Handles, may_name_files
 from proxy.outages import ReducedCapacity
 from proxy.tenancy import (
+    RunMembers,
     RunRules,
     check_roles,
-    check_state,
-    client_config,
     decode_object,
     encode_object,
-    open_files,
     qualify,
+    read_members,
     read_short,
     recursion_limit,
     thread_or_new,
-    validate_body,
 )
 
 NEW_THREAD: Final = "new"
 """What AgentFlow's clients name a thread that is to be made."""
 
 
-class FrameBody(BaseModel):
-    """AgentFlow's own message. Unknown members are refused, `resume` too, which means nothing here."""
-
-    model_config = ConfigDict(extra="forbid")
+class FrameBody(RunMembers):
+    """AgentFlow's own message. `resume` is refused, which means nothing here."""
 
     invoke_type: Literal["fresh", "resume"] = "fresh"
-    messages: Annotated[list[dict[str, Any]], FailFast()] = Field(default_factory=list)
     tool_result: Annotated[list[dict[str, Any]], FailFast()] | None = None
-    config: dict[str, Any] | None = None
-    initial_state: dict[str, Any] | None = None
-    recursion_limit: Annotated[int, Field(strict=True, ge=1, le=100)] | None = None
-    response_granularity: Literal["low", "partial", "full"] | None = None
 
 
 def bind_frame(raw: bytes, *, tag: str, rules: RunRules, new_name: Callable[[], str]) -> tuple[bytes, str]:
@@ -54,13 +44,8 @@ def bind_frame(raw: bytes, *, tag: str, rules: RunRules, new_name: Callable[[], 
     if "text" in value:
         request, config = read_short(value)
     else:
-        if may_name_files(raw):
-            open_files(value, Handles(tag, rules.file_secret))
-        body = validate_body(FrameBody, value)
-        request = {key: value[key] for key in value if key != "config"}
-        check_roles([*body.messages, *(body.tool_result or [])], rules.roles())
-        check_state(body.initial_state, "initial_state")
-        config = client_config(body.config)
+        body, request, config = read_members(FrameBody, value, raw, tag=tag, rules=rules)
+        check_roles(body.tool_result or [], rules.roles())
     named = config.get("thread_id")
     if isinstance(named, str) and named.strip() == NEW_THREAD:
         named = None

@@ -53,8 +53,8 @@ class RunRules:
         return _ROLES_AND_SYSTEM if self.allow_system else _ROLES
 
 
-class RunBody(BaseModel):
-    """AgentFlow's own request. Unknown members are refused: a newer sidecar may give them a meaning."""
+class RunMembers(BaseModel):
+    """What AgentFlow's requests have in common. Unknown members are refused: a newer one may give them a meaning."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -64,6 +64,11 @@ class RunBody(BaseModel):
     initial_state: dict[str, Any] | None = None
     recursion_limit: Annotated[int, Field(strict=True, ge=1, le=100)] | None = None
     response_granularity: Literal["low", "partial", "full"] | None = None
+
+
+class RunBody(RunMembers):
+    """AgentFlow's own request."""
+
     resume: Any = None
 
 
@@ -159,17 +164,24 @@ def bind_run(raw: bytes, *, tag: str, rules: RunRules, new_name: Callable[[], st
     if "text" in value:
         request, config = read_short(value)
     else:
-        if may_name_files(raw):
-            open_files(value, Handles(tag, rules.file_secret))
-        body = validate_body(RunBody, value)
-        request = {key: value[key] for key in value if key != "config"}
-        check_roles(body.messages, rules.roles())
-        check_state(body.initial_state, "initial_state")
-        config = client_config(body.config)
+        _, request, config = read_members(RunBody, value, raw, tag=tag, rules=rules)
     thread_id = thread_or_new(config.get("thread_id"), tag=tag, rules=rules, new_name=new_name)
     request["config"] = config | {"thread_id": thread_id}
     request["recursion_limit"] = recursion_limit(request.get("recursion_limit"), rules)
     return encode_object(request), thread_id
+
+
+def read_members[Body: RunMembers](
+    model: type[Body], value: dict[str, Any], raw: bytes, *, tag: str, rules: RunRules
+) -> tuple[Body, dict[str, Any], dict[str, Any]]:
+    """Check a request that was read from `raw`, and open its files; give it, what to send of it, and its config."""
+    if may_name_files(raw):
+        open_files(value, Handles(tag, rules.file_secret))
+    body = validate_body(model, value)
+    request = {key: value[key] for key in value if key != "config"}
+    check_roles(body.messages, rules.roles())
+    check_state(body.initial_state, "initial_state")
+    return body, request, client_config(body.config)
 
 
 def read_short(value: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

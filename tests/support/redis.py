@@ -46,7 +46,7 @@ class Redis:
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(command, cwd=self.directory, stdout=log, stderr=log)
         deadline = time.monotonic() + DEADLINE
-        while self.ask("PING") != "+PONG":
+        while f"process_id:{self.process.pid}\r" not in self.ask_text("INFO server"):  # another's may be at the port
             if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RedisStoppedError((self.directory / "log").read_text(errors="replace")[-4000:])
             time.sleep(0.02)

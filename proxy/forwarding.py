@@ -32,6 +32,7 @@ STEERING: Final = (b"access-control-", b"x-accel-")
 """Beginnings of the sidecar's fields that steer browsers and nginx, which is our business."""
 _OF_ONE_TRACE: Final = frozenset({b"x-request-id", b"traceparent", b"tracestate"})
 _BODYLESS: Final = frozenset({204, 304})
+_NONE: Final = frozenset[bytes]()
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9_.:@=+/-]{1,128}")
 
 
@@ -109,9 +110,8 @@ def client_query(query: bytes, allowed: frozenset[str]) -> dict[str, str]:
 
 def connection_fields(headers: Headers) -> frozenset[bytes]:
     """Give the names that `Connection` declares to be for one hop only (RFC 9110 §7.6.1)."""
-    return frozenset(
-        token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")
-    )
+    declared = [value for name, value in headers if name == b"connection"]
+    return frozenset(token.strip().lower() for value in declared for token in value.split(b",")) if declared else _NONE
 
 
 def downstream_headers(headers: Headers, *, status: int = 200) -> Headers:

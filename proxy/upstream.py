@@ -116,6 +116,11 @@ class PooledExchange:
         """See `model.Exchange.headers`."""
         return self._answer.headers
 
+    @property
+    def has_body(self) -> bool:
+        """See `model.Exchange.has_body`."""
+        return self._answer.waiting > 0 or self._answer.complete
+
     async def head(self) -> bool:
         """See `model.Exchange.head`."""
         while not self._answer.begun:
@@ -291,9 +296,10 @@ class Pool:
 
 def encode_request(request: UpstreamRequest, authority: bytes) -> bytes:
     """Write a request, head and body, as HTTP/1.1 (RFC 9112 §3)."""
-    lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (request.method, request.target, authority)]
-    lines += [b"%b: %b\r\n" % field for field in request.headers]
+    parts = [request.method, b" ", request.target, b" HTTP/1.1\r\nhost: ", authority]
+    for name, value in request.headers:
+        parts += (b"\r\n", name, b": ", value)
     if request.body or request.method == b"POST":
-        lines.append(b"content-length: %d\r\n" % len(request.body))
-    lines += (b"\r\n", request.body)
-    return b"".join(lines)
+        parts.append(b"\r\ncontent-length: %d" % len(request.body))
+    parts += (b"\r\n\r\n", request.body)
+    return b"".join(parts)

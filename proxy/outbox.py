@@ -4,7 +4,6 @@ Says what uvicorn's own `send` says (RFC 9112 §6, §7), with its checks. Knows 
 """
 
 import asyncio
-import re
 from collections.abc import Awaitable
 from functools import lru_cache
 from typing import Final
@@ -14,8 +13,8 @@ from uvicorn.protocols.http.httptools_impl import HEADER_RE, STATUS_LINE, Reques
 from proxy.model import BODY_FOLLOWS, Headers, Message
 
 _BODILESS: Final = frozenset({204, 304})
-_TEXT: Final = re.compile(rb"(?:[^\x00-\x08\x0a-\x1f\x7f]++\r\n)++\r\n")
-"""A head: lines of what RFC 9110 §5.5 lets stand in a field, the last of them empty."""
+_TEXT: Final = bytes({*range(0x20, 0x7F), *range(0x80, 0x100), 0x09})
+"""What may stand in a field's value (RFC 9110 §5.5)."""
 _CLOSE: Final = (b"connection: ", b"close", b"\r\n")
 _CHUNKED: Final = (b"transfer-encoding: ", b"chunked", b"\r\n")
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"connection"})
@@ -91,7 +90,7 @@ class Outbox:
             parts += _CHUNKED
         parts.append(b"\r\n")
         head = b"".join(parts)
-        if head.count(b"\n") != len(parts) // 3 + 2 or not _TEXT.fullmatch(head):
+        if head.translate(None, _TEXT) != b"\r\n" * (len(parts) // 3 + 2):  # cheaper than to look at each value
             raise RuntimeError("a field's value holds what no field may hold")
         return head
 

@@ -4,7 +4,6 @@ Pure. What nobody reported is estimated from the bytes of text, four a token, an
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
 from typing import Any, Final
 
 import pydantic_core
@@ -123,12 +122,6 @@ def _moved(figures: _Sum, old: Usage | None, new: Usage | None) -> _Sum:
                 estimates + sign * usage.estimated,
             )
     return figures
-
-
-def sum_of(usages: Iterable[Usage]) -> Usage:
-    """Add up what was reported."""
-    read, written, total, _ = map(sum, zip(*usages, strict=True))
-    return Usage(read, written, total, estimated=False)
 
 
 def reported(value: object, read: str = "prompt_tokens", written: str = "completion_tokens") -> Usage | None:

@@ -11,7 +11,7 @@ import pydantic_core
 
 from proxy.model import Usage
 from proxy.outlines import HELD_BYTES, Outline
-from proxy.tallies import Tally, json_bytes, reported, sum_of
+from proxy.tallies import Tally, json_bytes, reported
 
 _HEAD: Final = 256
 """Where in a line its message's role stands, at the latest."""
@@ -112,15 +112,19 @@ class AnswerReader:
 
         That is what a provider's answers do; then nobody asks how much text there is.
         """
-        told: dict[str, Usage] = {}
+        names: set[str] = set()
+        read = written = total = 0
         for message in messages:
             if message.get("role") == "assistant":
                 name, usage = message.get("message_id"), reported(message.get("usages"))
-                if usage is None or not isinstance(name, str) or name in told or message.get("delta") is True:
+                if usage is None or not isinstance(name, str) or name in names or message.get("delta") is True:
                     return None
-                told[name] = usage
-        self.turns = len(told)
-        return sum_of(told.values()) if told else None
+                names.add(name)
+                read += usage.input_tokens
+                written += usage.output_tokens
+                total += usage.total_tokens
+        self.turns = len(names)
+        return Usage(read, written, total, estimated=False) if names else None
 
 
 class StreamReader:

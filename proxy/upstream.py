@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from proxy.answers import Answer
 from proxy.errors import Problem
+from proxy.forwarding import encode_request
 from proxy.model import Deadlines, Headers, UpstreamRequest
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamProblem
 
@@ -292,14 +293,3 @@ class Pool:
     def _discard(self, connection: Connection) -> None:
         connection.close()
         self.open -= 1
-
-
-def encode_request(request: UpstreamRequest, authority: bytes) -> bytes:
-    """Write a request, head and body, as HTTP/1.1 (RFC 9112 §3)."""
-    parts = [request.method, b" ", request.target, b" HTTP/1.1\r\nhost: ", authority]
-    for name, value in request.headers:
-        parts += (b"\r\n", name, b": ", value)
-    if request.body or request.method == b"POST":
-        parts.append(b"\r\ncontent-length: %d" % len(request.body))
-    parts += (b"\r\n\r\n", request.body)
-    return b"".join(parts)

@@ -5,6 +5,8 @@ The proxy is a stand-in that each test plays itself; what happens when is ordere
 
 import asyncio
 import json
+import os
+import re
 import secrets
 import subprocess
 from collections.abc import AsyncIterator, Awaitable
@@ -752,6 +754,18 @@ async def test_health_is_nginx_own(edge: Edge) -> None:
     assert (head.status, body) == (200, b"ok\n")
     assert edge.upstream.connections == 0
     assert edge.nginx.access_log() == ""
+
+
+async def test_no_worker_can_be_held_up_by_a_socket(edge: Edge) -> None:
+    """None of them blocks, the listening one too: who comes second to a new connection goes on with those it has."""
+    master = edge.nginx.process.pid
+    workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+    sockets = [fd for pid in workers for fd in Path(f"/proc/{pid}/fd").iterdir() if fd.readlink().name[:7] == "socket:"]
+    flags = [re.findall(r"flags:\t(\d+)", Path(str(fd).replace("/fd/", "/fdinfo/")).read_text()) for fd in sockets]
+
+    assert len(workers) == 2
+    assert sockets
+    assert all(int(flag, 8) & os.O_NONBLOCK for (flag,) in flags)
 
 
 async def test_draining_lets_a_stream_end(edge: Edge) -> None:

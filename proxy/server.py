@@ -173,7 +173,7 @@ class Server(uvicorn.Server):
         await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
 
     def _stop(self) -> None:
-        """Close idle connections at once: uvicorn does so up to 0.1 s later, and refused would be who asks meanwhile."""
+        """Close idle connections at once: uvicorn does so up to 0.1 s later, and would refuse who asks meanwhile."""
         self.should_exit = True
         for connection in list(self.server_state.connections):
             if isinstance(connection, OneAtATime):

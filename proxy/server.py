@@ -22,7 +22,6 @@ import uvicorn
 from proxy import audit
 from proxy.app import create_app, make_pool
 from proxy.environment import SettingsError
-from proxy.keystore import SqlKeyStore
 from proxy.logs import BackgroundHandler, JsonFormatter, set_level
 from proxy.model import Lifecycle
 from proxy.outages import KeyStoreDown
@@ -214,6 +213,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def require_schema(url: str) -> None:
     """Raise SettingsError unless the key store at `url` answers and has the schema that this version reads."""
+    from proxy.keystore import SqlKeyStore  # noqa: PLC0415  only where there is a database: SQLAlchemy is 50 MiB
 
     async def ask() -> bool:
         store = SqlKeyStore(url)

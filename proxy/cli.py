@@ -25,7 +25,7 @@ from proxy.keys import entry_text, parse_keys
 from proxy.logs import configure_logging, log_plainly
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.policies import Per, Quota, Unit
-from proxy.server import build, listen, require_schema
+from proxy.server import build, import_early, listen, require_schema
 from proxy.settings import Settings
 from proxy.telemetry import Share, listen_for_metrics
 from proxy.tokens import issue_token
@@ -77,6 +77,7 @@ def _supervise(settings: Settings, listener: socket.socket) -> int:
         counted = listen_for_metrics(settings) if settings.metrics_port is not None else None
     except OSError as error:
         return _refuse([f"PROXY_METRICS_HOST, PROXY_METRICS_PORT: cannot be used: {error.strerror}"])
+    import_early(settings)
     board = Board.create(settings.workers) if counted is not None else None
 
     def work(place: int, listener: socket.socket, started: Callable[[], None]) -> int:

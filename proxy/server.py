@@ -5,6 +5,7 @@ Knows nothing of requests; ends with status 0 after SIGTERM or SIGINT, answers f
 
 import asyncio
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -230,6 +231,14 @@ def require_schema(url: str) -> None:
         raise SettingsError([f"PROXY_DATABASE_URL: the database does not answer: {problem.reason}"]) from problem
     if not migrated:
         raise SettingsError([MIGRATE_FIRST])
+
+
+def import_early(settings: Settings) -> None:
+    """Import now what these settings ask for: a supervisor's workers share the memory of what it has imported."""
+    asked = ("keystore", settings.database_url), ("redistier", settings.redis_url), ("traces", settings.otlp_url)
+    for name, setting in (*asked, ("exposition", settings.metrics_port)):
+        if setting is not None:
+            importlib.import_module(f"proxy.{name}")
 
 
 def build(

@@ -27,14 +27,26 @@ class UnixListener(socket.socket):
                 path.unlink()
 
 
-def listen_at(host: str, port: int) -> socket.socket:
-    """Listen at a port; 0 is a free one. Raises OSError."""
-    return socket.create_server((host, port), backlog=BACKLOG)
+def bind_at(host: str, port: int) -> socket.socket:
+    """Take a port; 0 is a free one. Raises OSError.
+
+    uvicorn listens on it once the graph is ready. Until then it refuses: a balancer would otherwise find that this
+    agent has the fewest runs, and give it every new one to keep waiting.
+    """
+    bound = socket.socket()
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
 
 
 def listen_on(path: Path) -> UnixListener:
     """Listen on the Unix socket `path`, in the place of one that a server which is gone has left. Raises OSError.
 
+    At once, unlike at a port: no balancer is before it, and what is only bound could not be told from what is deserted.
     uvicorn's own `--uds` lets everybody on the machine connect (mode 0666).
     """
     _remove_deserted(path)

@@ -16,7 +16,7 @@ from typing import override
 
 import uvicorn
 
-from agent_service.listeners import UnixListener, address_of, listen_at, listen_on
+from agent_service.listeners import UnixListener, address_of, bind_at, listen_on
 
 APP = "agentflow_cli.src.app.main:app"
 SETTLE_SECONDS = 0.25, 2.0
@@ -87,8 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # As `agentflow api` does: the server reads the one, and imports the graph beside it.
     os.environ["GRAPH_PATH"] = str(options.config.resolve())
     sys.path.insert(0, str(options.config.resolve().parent))
-    listener = listen_on(options.uds) if options.uds else listen_at(options.host, options.port)
-    Server(uvicorn.Config(APP, timeout_graceful_shutdown=options.grace)).run(sockets=[listener])
+    with listen_on(options.uds) if options.uds else bind_at(options.host, options.port) as listener:
+        Server(uvicorn.Config(APP, timeout_graceful_shutdown=options.grace)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

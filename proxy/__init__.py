@@ -18,7 +18,7 @@
 7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
                       the `handles` of the principal's files.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
-9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
+9.  `upstream`        sends it on a clean connection to the `origin`; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
                       or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
                       run has used (of what is long, from its `outlines`), `tallies` add it up; `aguievents` keeps

@@ -8,12 +8,12 @@ import select
 from collections import deque
 from collections.abc import Callable
 from typing import Final, cast
-from urllib.parse import urlsplit
 
 from proxy.answers import Answer
 from proxy.errors import Problem
 from proxy.forwarding import encode_request
 from proxy.model import Deadlines, Headers, UpstreamRequest
+from proxy.origin import Origin
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamProblem
 
 MAX_WAITING_BYTES: Final = 65_536
@@ -218,9 +218,8 @@ class Pool:
     """Connections to one origin, the last used first. Implements `model.Upstream`."""
 
     def __init__(self, url: str, *, most: int, most_idle: int, idle_seconds: float) -> None:
-        parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port or 80
-        self._authority = parts.netloc.encode()
+        self._origin = Origin.of(url)
+        self._authority = self._origin.authority.encode()
         self._most = most
         self._most_idle = most_idle
         self._idle_seconds = idle_seconds
@@ -253,12 +252,9 @@ class Pool:
         if self.open >= self._most:
             raise PoolExhausted
         self.open += 1
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(seconds):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self._give_back), self._host, self._port
-                )
+                _, connection = await self._origin.connect(lambda: Connection(self._give_back))
         except BaseException as error:
             self.open -= 1
             if isinstance(error, TimeoutError):

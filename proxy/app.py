@@ -21,12 +21,12 @@ from proxy.admission import Limits, limits_of
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.duplex import Duplex, DuplexRules
+from proxy.failures import Failures
 from proxy.filing import Filing
 from proxy.issuers import Issuer
 from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
 from proxy.keystore import SqlKeyStore
-from proxy.limits import RateLimit
 from proxy.metrics import Reading
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
 from proxy.notices import Notices
@@ -108,7 +108,7 @@ def create_app(
     door = Authentication(
         inner,
         authenticator=Authenticator(tokens=_verifier(settings, clock), keys=keys, clock=clock),
-        failures=RateLimit(settings.failure_limit(), "failures"),
+        failures=Failures(settings.failure_rates()),
         lifecycle=lifecycle,
         audit=Audit(),
     )

@@ -12,7 +12,6 @@ import limits
 from proxy.limits import QuietLimiter
 from proxy.policies import MOST_PLANS, Plan, Quota, Strategy
 from proxy.standings import Standing, concurrent, fits, fixed, left_of, moving, sliding
-from proxy.windows import BoundedMemoryStorage
 
 
 class QuotaItem(limits.RateLimitItemPerSecond):
@@ -31,10 +30,9 @@ class LocalTier:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        limiter = QuietLimiter(clock=clock).limiter
-        assert isinstance(limiter.storage, BoundedMemoryStorage)  # noqa: S101  chosen by its URI
+        limiter = QuietLimiter(clock=clock)
         self._storage = limiter.storage
-        self._hit_sliding = limiter.hit
+        self._hit_sliding = limiter.limiter.hit
         self._running: dict[str, int] = {}
         self._items: dict[Plan, tuple[QuotaItem, ...]] = {}
 
@@ -59,8 +57,12 @@ class LocalTier:
 
     def peek(self, plan: Plan, keys: Sequence[str]) -> list[Standing]:
         """Say how each quota stands, without charging."""
-        pairs = list(zip(plan.quotas, keys, strict=True))
-        return [self._standing(quota, key, fit=self._fits(quota, key)) for quota, key in pairs]
+        self._storage.moment = self._clock()
+        try:
+            pairs = zip(plan.quotas, keys, strict=True)
+            return [self._standing(quota, key, fit=self._fits(quota, key)) for quota, key in pairs]
+        finally:
+            self._storage.moment = None
 
     def enter(self, key: str) -> None:
         """Count a run whose slot was taken elsewhere."""

@@ -10,9 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from redis.exceptions import RedisError
-
-from proxy.redisclient import CONNECT_SECONDS, connect, reason_of
+from proxy.redisclient import CONNECT_SECONDS, FAULTS, connect, reason_of
 
 log: Final = logging.getLogger("agentflow_proxy.notices")
 PING_SECONDS: Final = 10.0
@@ -34,7 +32,7 @@ class Notices:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._client.publish(self._channel, "")
-        except (RedisError, OSError, TimeoutError) as error:
+        except FAULTS as error:
             return reason_of(error)
         return ""
 

@@ -125,7 +125,8 @@ def on_redis(loop: asyncio.Runner, redis: Redis) -> House:
     courier = Courier(redis.url, timeout=60)
     courier.note_time = lambda now: None  # type: ignore[method-assign]  # no deadline: here time is what we say
     tier = SharedTier(courier, local, prefix="test", lease_seconds=30_000, without="refuse", ticks=lambda: ticks[0])
-    tier._admit, tier._settle, tier._renew = map(with_clock, (tier._admit, tier._settle, tier._renew))
+    told = tier._outstanding
+    tier._admit, told._settle, told._renew = map(with_clock, (tier._admit, told._settle, told._renew))
     limits = Limits(Policies(read_rates=read_own), partition_of=str, local=local, shared=tier, without="refuse")
     client = tier._courier._client
 
@@ -207,7 +208,7 @@ def test_admission_follows_the_model(
             lease.release()
             lease.release()
             if house.limits._shared is not None:
-                house.run(house.limits._shared._free())
+                house.run(house.limits._shared._outstanding.settle(everything=False))
             model.running.remove(whose)
         at = Fraction(now)
         needs = {rule: cost if rule.window else 1 for rule in drawn}
@@ -237,7 +238,7 @@ def test_admission_follows_the_model(
         lease.release()
     assert house.local.running == 0
     if house.limits._shared is not None:
-        house.run(house.limits._shared._free())
+        house.run(house.limits._shared._outstanding.settle(everything=False))
 
 
 BUDGETS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), max_size=15)
@@ -269,7 +270,7 @@ def test_a_budget_follows_the_model(house: House, strategy: Strategy, steps: lis
         assert lease.charge(tokens, estimated=False) == (floor(spent + tokens) < 100)
         lease.release()
         if house.limits._shared is not None:
-            house.run(house.limits._shared._pay(everything=True))
+            house.run(house.limits._shared._outstanding.settle(everything=True))
         charged.append((at, tokens))
 
 
@@ -295,7 +296,7 @@ def test_what_was_used_without_redis_is_charged_as_of_then(
 
     now += 2 * after
     shared.set_clock(now)
-    shared.run(tier._pay(everything=True))
+    shared.run(tier._outstanding.settle(everything=True))
     (standing,) = shared.run(tier.peek(plan, [f"{{a}}:{plan.quotas[0].key}"]))
 
     assert standing.remaining == 1000 - floor(model.count(model.rules[0], "a", Fraction(now)))
@@ -310,12 +311,12 @@ def test_a_run_that_goes_on_is_charged_now_and_then_and_at_once_when_it_ends(sha
 
     def left_after(seconds: float) -> int:
         shared.set_clock(START + seconds)
-        shared.run(tier._pay(everything=False))
+        shared.run(tier._outstanding.settle(everything=False))
         remaining: int = shared.run(tier.peek(plan, shared.limits.keys_of(plan, "a", "")))[0].remaining
         return remaining
 
     shared.set_clock(START)
-    shared.run(tier._pay(everything=True))
+    shared.run(tier._outstanding.settle(everything=True))
     left_after(1)
     lease = shared.admit("a")
     left = []
@@ -341,7 +342,7 @@ def test_what_was_estimated_too_high_is_given_back(house: House) -> None:
         lease.charge(charged, estimated=True)
         lease.release()
         if house.limits._shared is not None:
-            house.run(house.limits._shared._pay(everything=True))
+            house.run(house.limits._shared._outstanding.settle(everything=True))
         told.append(dict(house.admit("a").fields)[b"ratelimit"].split(b";")[1])
 
     assert told == [b"r=10", b"r=70", b"r=100"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from typing import Any
 
 import pytest
@@ -85,6 +85,15 @@ class Model:
     def fits(self, rule: Rule, who: str, now: Fraction, need: int) -> bool:
         """Say whether so much more fits."""
         return floor(self.count(rule, who, now)) + need <= rule.amount
+
+
+def check_growth(model: Model, rule: Rule, who: str, at: Fraction, *, seconds: int, admitted: bool) -> None:
+    """Hold the told seconds to the model: until something fits where nothing does, or else until the window turns."""
+    if not model.fits(rule, who, at, 1):
+        assert model.fits(rule, who, at + seconds, 1)
+        assert seconds == 1 or not model.fits(rule, who, at + seconds - 1, 1)
+    elif admitted and rule.strategy is not Strategy.MOVING:
+        assert seconds == ceil(rule.window - at % rule.window)
 
 
 class House:
@@ -193,7 +202,8 @@ def test_admission_follows_the_model(
 ) -> None:
     """A request is admitted exactly when all of it fits in every quota; else nothing is charged.
 
-    What remains is told as it is; who waits as told fits in what refused him, and a second earlier he did not.
+    What remains is told as it is, and when it grows; who waits as told fits in what refused him, and a second earlier
+    he did not.
     """
     policies, model, now = policies_of(drawn, cost), Model(drawn, cost), START
     house.limits.replace(policies)
@@ -234,6 +244,8 @@ def test_admission_follows_the_model(
             remaining, _, seconds = told[f'"{name}"'].partition(";t=")
             assert int(remaining) == max(0, rule.amount - floor(model.count(rule, who, at)))
             assert bool(seconds) == bool(rule.window)
+            if rule.window:
+                check_growth(model, rule, who, at, seconds=int(seconds), admitted=not violated)
     for _, lease in leases:
         lease.release()
     assert house.local.running == 0

@@ -67,11 +67,15 @@ class Notices:
                 if not self._down:
                     log.warning("notices.lost", extra={"fields": {"reason": reason_of(error)}})
                 self._down = True
+                with suppress(*FAULTS):
+                    await self._client.aclose()  # the server may be another from now on
             await asyncio.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
 
     async def _follow(self, begun: Callable[[], None], heard: Callable[[], None]) -> None:
         """Listen on one connection until it fails, which raises what the library or the system raises."""
+        async with asyncio.timeout(3 * CONNECT_SECONDS):
+            await self._client.initialize()  # a cluster's channel is at the node that has its slot
         async with self._client.pubsub() as channel:
             async with asyncio.timeout(2 * CONNECT_SECONDS):
                 await channel.subscribe(self._channel)

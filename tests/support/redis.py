@@ -105,3 +105,32 @@ def running_redis() -> Iterator[Redis]:
             redis.kill()
     finally:
         shutil.rmtree(directory)
+
+
+@contextlib.contextmanager
+def running_cluster() -> Iterator[list[Redis]]:
+    """Run a cluster of three masters, none of which has a replica, as long as the context lasts."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "500")
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(6)]
+        ports = [int(probe.getsockname()[1]) for probe in probes]
+        for probe in probes:
+            probe.close()
+        nodes = [Redis(Path(tempfile.mkdtemp(prefix="proxy-redis-")), port) for port in ports[:3]]
+        for node, bus, slots in zip(nodes, ports[3:], ("0 5460", "5461 10922", "10923 16383"), strict=True):
+            stack.callback(shutil.rmtree, node.directory)
+            stack.callback(node.kill)
+            node.start(*options, "--cluster-port", str(bus))
+            node.ask(f"CLUSTER ADDSLOTSRANGE {slots}")
+            nodes[0].ask(f"CLUSTER MEET 127.0.0.1 {node.port} {bus}")
+        deadline = time.monotonic() + DEADLINE
+        while any(not {"cluster_state:ok", "cluster_known_nodes:3"} <= set(cluster_info(node)) for node in nodes):
+            if time.monotonic() > deadline:
+                raise RedisStoppedError("no cluster")
+            time.sleep(0.02)
+        yield nodes
+
+
+def cluster_info(node: Redis) -> list[str]:
+    """Say how the cluster is, as this node sees it."""
+    return node.ask_text("CLUSTER INFO").split("\r\n")

@@ -79,7 +79,8 @@ def connect(url: str, *, timeout: float = CONNECT_SECONDS) -> redis.Redis | Redi
     service, _, database = parts.path.strip("/").partition("/")
     if not service or not (database or "0").isdigit():
         raise ValueError("must name the service, as in redis+sentinel://host:26379/service")
-    watchers = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": CONNECT_SECONDS, **secured}
+    watchers = {name: options[name] for name in ("socket_connect_timeout", "retry")} | secured
+    watchers["socket_timeout"] = CONNECT_SECONDS
     if "sentinel_password" in query:
         watchers["password"] = query["sentinel_password"]
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # so it is

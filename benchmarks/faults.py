@@ -25,7 +25,7 @@ CALLERS: Final = 16
 PAUSE_SECONDS: Final = 0.03
 """Between an answer and the caller's next request: what is measured is not how long requests wait for a processor."""
 SECONDS: Final = 3.0
-AMOUNT: Final = 400
+AMOUNT: Final = 300
 LIMITS: Final = f"""
 [[policies]]
 name = "requests"

@@ -216,7 +216,7 @@ async def test_leases_in_a_cluster_are_renewed_while_a_master_is_away_and_counts
 ) -> None:
     """A master that hangs takes all with it: each proxy enforces its share until it is back, and tells it all then."""
     url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster)
-    async with four_at(url, SINGLE, timeout=0.25, lease_seconds=2) as four:
+    async with four_at(url, SINGLE, timeout=0.75, lease_seconds=2) as four:
         assert await four.admitted("long", 1) == 1
         before = [await four.admitted("steady", 2, at=number, ends=True) for number in range(4)]
         await until(lambda: not any(each._shared._outstanding._freed for each in four.limits if each._shared))

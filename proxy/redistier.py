@@ -14,9 +14,10 @@ from typing import Final
 
 from proxy.debts import MOST_OWED
 from proxy.localtier import LocalTier
+from proxy.outages import RedisDown
 from proxy.outstanding import CHARGE_SECONDS, Outstanding
 from proxy.policies import Plan, Policies, Quota, Strategy, Unit
-from proxy.redisclient import Courier, RedisDown, read_script
+from proxy.redisclient import Courier, read_script
 from proxy.standings import MICROSECONDS, Standing, standing_at
 
 log: Final = logging.getLogger("agentflow_proxy.limits")

@@ -9,7 +9,6 @@ from typing import Any
 import crossplane  # type: ignore[import-untyped]
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
-import yaml
 
 from agent_service.settings import read_settings
 from proxy.authentication import PUBLIC

@@ -50,6 +50,7 @@ class Installation:
     settings: dict[str, str]
     agent_port: int = field(default_factory=free_port)
     proxy_port: int = field(default_factory=free_port)
+    metrics_port: int = field(default_factory=free_port)
     agents: dict[str, Agent] = field(default_factory=dict)
     proxies: dict[str, Proxy] = field(default_factory=dict)
     balancer: Nginx | None = None
@@ -60,6 +61,11 @@ class Installation:
         """Give where clients call."""
         assert self.edge is not None
         return self.edge.url
+
+    @property
+    def metrics(self) -> list[str]:
+        """Give where each proxy serves its metrics, also the one that takes its place."""
+        return [f"{address}:{self.metrics_port}" for address in self.proxies]
 
     def client(self, subject: str = "alice") -> httpx.Client:
         """Make a caller at the edge."""
@@ -89,6 +95,7 @@ class Installation:
         """Start a proxy at this address, and let the name server tell of it."""
         assert self.balancer is not None
         listens = {"PROXY_HOST": address, "PROXY_PORT": str(self.proxy_port), "PROXY_TRUSTED_HOPS": "1"}
+        listens |= {"PROXY_METRICS_HOST": address, "PROXY_METRICS_PORT": str(self.metrics_port)}
         settings = listens | {"PROXY_AGENT_AUDIENCE": "agentflow"} | self.settings | more
         self.proxies[address] = start_proxy(
             self.directory, self.balancer.url, self.secret, **self.principals.environment(), **settings

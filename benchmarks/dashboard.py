@@ -120,8 +120,9 @@ def _panel(panel: dict[str, Any], lines: Series, left: float, top: float) -> Ite
     x = inner_left
     for number, (name, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        path = " L".join(place(*point) for point in line)
-        yield f'<path stroke="{colour}" d="M{path}"/>'
+        known = {at for at, _ in line}
+        path = "".join(("L" if at - 1 in known else "M") + place(at, value) for at, value in line)
+        yield f'<path stroke="{colour}" d="{path}"/>'
         if x < right - 4.6 * len(name):
             yield f'<text class="small" style="fill: {colour}" x="{x:.0f}" y="{bottom + 14}">{escape(name)}</text>'
             x += 4.6 * len(name) + 12

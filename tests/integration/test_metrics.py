@@ -11,6 +11,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.families import FAMILIES, PREFIX
@@ -144,6 +147,16 @@ def test_the_state_of_the_process_is_told(house: House) -> None:
     assert samples["process_resident_memory_bytes", frozenset()] > 1e6
 
 
+def test_what_has_not_happened_yet_is_told(house: House) -> None:
+    """A rate sees the first time of what was at 0 before: cut streams, and problems of every code, with their fault."""
+    samples, _ = scrape(house.proxy.metrics_url)
+
+    assert [value(samples, "stream_end_total", reason=reason) for reason in ("upstream_cut", "idle_deadline")] == [0, 0]
+    assert value(samples, "runs_total", operation="ag-ui", end="upstream_unreachable") == 0
+    assert value(samples, "problems_total", code="overloaded", fault="proxy") == 0
+    assert value(samples, "problems_total", code="upstream_distrust", fault="upstream") == 0
+
+
 def test_no_label_says_who_called(house: House) -> None:
     """Neither a name, nor a path, nor an address; and no method that a caller made up."""
     text = httpx.get(house.proxy.metrics_url).text
@@ -177,6 +190,29 @@ def test_dashboards_and_alerts_name_metrics_that_exist(house: House) -> None:
     for file, metrics in named.items():
         assert metrics, file
         assert metrics - names - declared == set(), file
+
+
+def test_grafana_knows_every_member_of_the_dashboard() -> None:
+    """Read into Grafana's own model and written again, nothing of the file is lost or changed."""
+    register_default_plugins()
+    written = json.loads((ROOT / "deploy" / "grafana" / "agentflow-proxy.json").read_text())
+
+    known = json.loads(JSONEncoder().encode(Dashboard.from_json(written)))
+
+    assert lost(written, known) == []
+
+
+def lost(written: Any, known: Any, at: str = "") -> list[str]:
+    """Give where something that was written is not known so; what the model adds does not count."""
+    if isinstance(written, dict) and isinstance(known, dict):
+        return [each for name in written for each in lost(written[name], known.get(name), f"{at}/{name}")]
+    if isinstance(written, list) and isinstance(known, list) and len(written) == len(known):
+        return [
+            each
+            for number, pair in enumerate(zip(written, known, strict=True))
+            for each in lost(*pair, f"{at}/{number}")
+        ]
+    return [] if written == known else [at]
 
 
 def test_every_metric_is_documented() -> None:

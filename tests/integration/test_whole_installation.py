@@ -4,6 +4,8 @@ client → edge nginx → two proxies → inner nginx → three agents → Postg
 """
 
 import asyncio
+import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +18,7 @@ import pytest
 
 from tests.support.agent import free_port
 from tests.support.compose import ROOT
-from tests.support.installation import Installation, installed
+from tests.support.installation import GRACE, Installation, installed
 from tests.support.load import Load, steady_load
 from tests.support.prometheus import filled, panels, running_prometheus
 from tests.support.proxy import start_proxy, stop_proxy
@@ -125,20 +127,32 @@ def test_limits_are_exact_over_proxies(installation: Installation, tmp_path: Pat
     assert (statuses.count(200), statuses.count(429)) == (20, 40)
 
 
-def test_an_added_agent_gets_runs_without_a_restart(installation: Installation) -> None:
-    """`--scale agent=4`: the inner nginx asks for the name again, and the fourth has work soon after."""
-    added = installation.add_agent()
-    address = next(address for address, agent in installation.agents.items() if agent is added)
-    deadline = time.monotonic() + PATIENCE
-    with installation.client() as client:
-        while not installation.runs()[address]:
-            assert time.monotonic() < deadline, "the fourth agent has no work"
-            spoken(client.post("/agent/invoke", json={"text": "hi"}))
+async def test_added_members_have_work_and_removed_ones_none(installation: Installation) -> None:
+    """`--scale agent=4 --scale proxy=3` and back, under load: both nginx ask for the names again, and nothing fails."""
+    async with steadily_called(installation) as load, asyncio.timeout(GRACE):
+        await asyncio.to_thread(installation.add_agent)
+        proxy = await asyncio.to_thread(installation.add_proxy)
+        agent_address, proxy_address = list(installation.agents)[-1], list(installation.proxies)[-1]
+        while not installation.runs()[agent_address] or not proxy.has_answered():
+            await asyncio.sleep(0.05)
+        statuses = [
+            await asyncio.to_thread(installation.remove_agent, agent_address),
+            await asyncio.to_thread(installation.remove_proxy, proxy_address),
+        ]
 
-    status = installation.stop_agent(address)
-    installation.names.addresses["agent"] = tuple(installation.agents)
+    names = installation.names
+    asked = names.asked["proxy"]
+    while names.asked["proxy"] < asked + 2:  # by now the edge has forgotten, too, that this one failed
+        await asyncio.sleep(0.05)
+    with socket.create_server((proxy_address, installation.proxy_port)) as grave, installation.client() as client:
+        later = [client.get("/agent/ping").status_code for _ in range(12)]
+        grave.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            grave.accept()
 
-    assert status in {0, -15}
+    assert load.failures == []
+    assert statuses == [-signal.SIGTERM, 0]
+    assert later == [200] * 12
 
 
 async def test_a_killed_agent_costs_its_own_runs_only(installation: Installation) -> None:

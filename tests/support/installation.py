@@ -87,6 +87,12 @@ class Installation:
         """Ask an agent to end, as compose does, and wait for what it still does; give its status."""
         return _ended(self.agents.pop(address).process)
 
+    def remove_agent(self, address: str) -> int:
+        """Stop an agent for good; the name server tells of it until it has ended, as Docker's does."""
+        status = self.stop_agent(address)
+        self.names.addresses["agent"] = tuple(self.agents)
+        return status
+
     def add_proxy(self) -> Proxy:
         """Start one more proxy, and let the name server tell of it."""
         return self.start_proxy(next(address for address in PROXIES if address not in self.proxies))
@@ -106,6 +112,12 @@ class Installation:
     def stop_proxy(self, address: str) -> int:
         """Ask a proxy to end, as compose does, and wait for what it still does; give its status."""
         return _ended(self.proxies.pop(address).process)
+
+    def remove_proxy(self, address: str) -> int:
+        """Stop a proxy for good, likewise."""
+        status = self.stop_proxy(address)
+        self.names.addresses["proxy"] = tuple(self.proxies)
+        return status
 
     def reload(self, nginx: Nginx) -> None:
         """Have nginx read its configuration again, in new workers; the old ones end what they do."""
@@ -130,7 +142,7 @@ class Installation:
         """Restart a proxy and wait until it has work again; give the status with which the old one ended."""
         status = await asyncio.to_thread(self.stop_proxy, address)
         proxy = await asyncio.to_thread(self.start_proxy, address)
-        while not any(line["event"] == "request.finished" for line in proxy.log_lines()):
+        while not proxy.has_answered():
             await asyncio.sleep(0.05)
         return status
 

@@ -130,15 +130,16 @@ def test_limits_are_exact_over_proxies(installation: Installation, tmp_path: Pat
 async def test_added_members_have_work_and_removed_ones_none(installation: Installation) -> None:
     """`--scale agent=4 --scale proxy=3` and back, under load: both nginx ask for the names again, and nothing fails."""
     async with steadily_called(installation) as load, asyncio.timeout(GRACE):
-        await asyncio.to_thread(installation.add_agent)
-        proxy = await asyncio.to_thread(installation.add_proxy)
+        _, proxy = await asyncio.gather(
+            asyncio.to_thread(installation.add_agent), asyncio.to_thread(installation.add_proxy)
+        )
         agent_address, proxy_address = list(installation.agents)[-1], list(installation.proxies)[-1]
         while not installation.runs()[agent_address] or not proxy.has_answered():
             await asyncio.sleep(0.05)
-        statuses = [
-            await asyncio.to_thread(installation.remove_agent, agent_address),
-            await asyncio.to_thread(installation.remove_proxy, proxy_address),
-        ]
+        statuses = await asyncio.gather(
+            asyncio.to_thread(installation.remove_agent, agent_address),
+            asyncio.to_thread(installation.remove_proxy, proxy_address),
+        )
 
     names = installation.names
     asked = names.asked["proxy"]

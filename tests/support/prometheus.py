@@ -1,7 +1,7 @@
 """Starts a real Prometheus by compose's command on the deployed configuration, and asks it as Grafana does.
 
 It substitutes where Prometheus listens, how often it looks, and whom it asks: the system's resolver, which Prometheus
-reads, does not know compose's names.
+reads, does not know compose's names. The program is the distribution's, which may be older than compose's image.
 """
 
 import json

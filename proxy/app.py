@@ -4,11 +4,13 @@ Only wiring; decides nothing, and does no work at import.
 """
 
 import hmac
+import inspect
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from typing import Any, Final, override
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, override
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -23,13 +25,10 @@ from proxy.authentication import Authentication, Authenticator
 from proxy.duplex import Duplex, DuplexRules
 from proxy.filing import Filing
 from proxy.issuers import Issuer
-from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
-from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.metrics import Reading
 from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
-from proxy.notices import Notices
 from proxy.observability import Observability
 from proxy.overload import Overload
 from proxy.places import Places
@@ -45,6 +44,9 @@ from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.uploads import UploadRules, Uploads
 from proxy.upstream import Pool
 
+if TYPE_CHECKING:
+    from proxy.keystore import SqlKeyStore
+
 _LAST_STOPS_SECONDS: Final = 2.0
 """How long an ending process tells the sidecar of runs that nobody will hear."""
 
@@ -57,10 +59,11 @@ class Proxy(FastAPI):
     """
 
     @override
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    @inspect.markcoroutinefunction  # servers look whether it is one; a coroutine of its own would only await another
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
         assert self.middleware_stack is not None  # noqa: S101  create_app sets it
         scope["app"] = self
-        await self.middleware_stack(scope, receive, send)
+        return self.middleware_stack(scope, receive, send)  # type: ignore[return-value]  # it may be awaited
 
     @override
     def openapi(self) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def create_app(
     lifecycle = lifecycle or Lifecycle()
     telemetry = telemetry or Telemetry()
     upstream = upstream or make_pool(settings)
-    store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
+    store = _store(settings)
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
     shown = settings.docs
     app = Proxy(
@@ -144,7 +147,7 @@ def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: 
 async def _background(
     settings: Settings,
     keys: KeyCache,
-    store: SqlKeyStore | None,
+    store: "SqlKeyStore | None",
     limits: Limits,
     overload: Overload,
     runs: Runs,
@@ -163,10 +166,21 @@ async def _background(
             await store.close()
 
 
+def _store(settings: Settings) -> "SqlKeyStore | None":
+    """Make the store of keys, where there is one."""
+    if settings.database_url is None:
+        return None
+    from proxy.keystore import SqlKeyStore  # noqa: PLC0415  what is not asked for is not imported: it is 50 MiB
+
+    return SqlKeyStore(settings.database_url.get_secret_value())
+
+
 def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
     """Hear of changed keys at once where there is Redis to hear it from."""
     if settings.redis_url is None:
         return nullcontext()
+    from proxy.notices import Notices  # noqa: PLC0415  as in `_store`
+
     return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
@@ -260,18 +274,24 @@ def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier |
         return None
     path = settings.revocations_file
     revocations = RevocationFile(path, clock=time.monotonic) if path is not None else None
+    fetched = _fetched_keys(settings) if any(issuer.url for issuer in issuers) else None
+
+    def keys_of(issuer: Issuer) -> KeySource:
+        return KnownKeys(issuer.keys) if fetched is None or issuer.url is None else fetched(issuer)
+
+    return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
+
+
+def _fetched_keys(settings: Settings) -> Callable[[Issuer], KeySource]:
+    from proxy.jwks import Fetcher, FetchRules, RemoteKeys  # noqa: PLC0415  as in `_store`
+
     rules = FetchRules(
         timeout=settings.jwks_timeout_seconds,
         cooldown=settings.jwks_cooldown_seconds,
         fresh=settings.jwks_refresh_seconds,
         stale=settings.jwks_stale_seconds,
     )
-    fetch = Fetcher(rules.timeout) if any(issuer.url for issuer in issuers) else None
-
-    def keys_of(issuer: Issuer) -> KeySource:
-        return KnownKeys(issuer.keys) if fetch is None or issuer.url is None else RemoteKeys(issuer, fetch, rules=rules)
-
-    return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
+    return partial(RemoteKeys, fetch=Fetcher(rules.timeout), rules=rules)
 
 
 def thread_secret(settings: Settings) -> bytes:

@@ -5,6 +5,7 @@ mean.
 """
 
 import asyncio
+import math
 import select
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ from websockets.server import ServerProtocol
 
 from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
+from proxy.outbox import Outbox
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
 _SWITCHING: Final = 101
@@ -95,6 +97,14 @@ def _no_pipeline() -> deque[Any]:
     return deque()
 
 
+@cache
+def _done(loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+    """Give what every answer of this loop awaits when there is nothing to wait for."""
+    future: asyncio.Future[None] = loop.create_future()
+    future.set_result(None)
+    return future
+
+
 class OneAtATime(Leaving, HttpToolsProtocol):
     """One request on a connection at a time.
 
@@ -106,6 +116,7 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
         self._inbox: CycleInbox | None = None
+        self._kept_since = math.inf
         self.pipeline = _no_pipeline()
 
     @override
@@ -123,17 +134,48 @@ class OneAtATime(Leaving, HttpToolsProtocol):
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         inbox = self._inbox = CycleInbox(cycle)
+        outbox = Outbox(cycle, _done(self.loop))
 
-        def with_inbox(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # noqa: ARG001  ours instead
-            return cast("App", app)(scope, inbox, send)
+        def with_ours(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # noqa: ARG001  ours instead
+            return cast("App", app)(scope, inbox, outbox)
 
-        super()._start_asgi_task(cycle, with_inbox)  # type: ignore[arg-type]  # uvicorn's types name every message
+        super()._start_asgi_task(cycle, with_ours)  # type: ignore[arg-type]  # uvicorn's types name every message
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         if self._inbox is not None:
             self._inbox.tell_left()
+
+    # The timer of a kept connection goes on from one request to the next: to set one anew for each costs more.
+
+    @override
+    def _unset_keepalive_if_required(self) -> None:
+        self._kept_since = math.inf
+
+    @override
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        self._kept_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_at(self._kept_since + self.timeout_keep_alive)
+
+    @override
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        due = self._kept_since + self.timeout_keep_alive
+        if self.loop.time() >= due:
+            self.transport.close()
+        elif due < math.inf:  # else a request is here, whose answer's end sets the timer
+            self._look_at(due)
+
+    def _look_at(self, due: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_at(due, self.timeout_keep_alive_handler)
 
     @override
     def _should_upgrade(self) -> bool:

@@ -4,22 +4,20 @@ Only wiring; decides nothing, and does no work at import.
 """
 
 import hmac
-import inspect
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final, override
+from typing import TYPE_CHECKING, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
-from fastapi.responses import HTMLResponse
 from starlette.routing import Route
 
-from proxy import docspage, openapi
 from proxy.accesslog import AccessLog
 from proxy.admission import Limits, limits_of
+from proxy.application import Proxy, show_page
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.duplex import Duplex, DuplexRules
@@ -28,7 +26,7 @@ from proxy.issuers import Issuer
 from proxy.keycache import KeyCache
 from proxy.limits import RateLimit
 from proxy.metrics import Reading
-from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
+from proxy.model import Lifecycle, Upstream
 from proxy.observability import Observability
 from proxy.overload import Overload
 from proxy.places import Places
@@ -49,26 +47,6 @@ if TYPE_CHECKING:
 
 _LAST_STOPS_SECONDS: Final = 2.0
 """How long an ending process tells the sidecar of runs that nobody will hear."""
-
-
-class Proxy(FastAPI):
-    """The FastAPI application, described by the operations table.
-
-    Goes straight to its middleware: FastAPI's own telemetry would ask the environment on every request, and
-    send what it finds wherever that says.
-    """
-
-    @override
-    @inspect.markcoroutinefunction  # servers look whether it is one; a coroutine of its own would only await another
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Coroutine[Any, Any, None]:
-        assert self.middleware_stack is not None  # noqa: S101  create_app sets it
-        scope["app"] = self
-        return self.middleware_stack(scope, receive, send)  # type: ignore[return-value]  # it may be awaited
-
-    @override
-    def openapi(self) -> dict[str, Any]:
-        """Give the OpenAPI document (FastAPI serves it)."""
-        return openapi.describe()
 
 
 def create_app(
@@ -105,7 +83,7 @@ def create_app(
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
     app.router.routes += [*health_routes(Live(), ready), *operations]
     if shown:
-        app.router.routes.append(Route("/docs", _show_page, include_in_schema=False))
+        app.router.routes.append(Route("/docs", show_page, include_in_schema=False))
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
@@ -129,10 +107,6 @@ def create_app(
     app.state.background = lambda: _background(settings, keys, store, limits, overload, runs, telemetry)
     app.state.limits, app.state.keys = limits, keys
     return app
-
-
-async def _show_page(_: Request) -> HTMLResponse:
-    return HTMLResponse(docspage.page(openapi.describe()), headers={"Content-Security-Policy": docspage.POLICY})
 
 
 def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: object) -> Iterable[Reading]:

@@ -19,12 +19,13 @@ dev: $(STAMP) ## Run the proxy and a real agent; print how to call them. PORT= a
 test: $(STAMP) .images/.installed .successor/.installed ## Run every test.
 	$(BIN)/pytest
 
-check: $(STAMP) ## Lint, types, import contracts, dependencies.
+check: $(STAMP) ## Lint, types, import contracts, dependencies, Dockerfiles.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/deptry .
+	$(BIN)/hadolint deploy/*.Dockerfile
 
 bench: .bench/.installed $(STAMP) ## Measure every contender; results in build/bench/.
 	$(BENCH) -m benchmarks.run

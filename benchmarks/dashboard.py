@@ -1,7 +1,7 @@
 """`python -m benchmarks.dashboard`: the picture of the dashboard in docs/, its panels' own queries over a real run.
 
-An installation under load, while an agent is killed and a proxy replaced, and some callers are refused. No Grafana: the
-queries are evaluated here, and drawn as plain SVG.
+An installation under load, while an agent is killed and a proxy replaced, and some callers are refused. Prometheus
+evaluates the queries; they are drawn as plain SVG, since no registry has a Grafana to do it.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import contextlib
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,38 +18,27 @@ from typing import Any
 import httpx
 
 from benchmarks.chart import STYLE
+from tests.support.agent import free_port
 from tests.support.installation import Installation, installed
 from tests.support.load import steady_load
-from tests.support.panels import Scrape, evaluate, panels
+from tests.support.prometheus import Prometheus, filled, panels, running_prometheus
 
 ROOT = Path(__file__).resolve().parents[1]
-WINDOW = 6
-"""Scrapes that a rate is over, a second apart."""
+WINDOW = "6s"
+"""What a rate is taken over; Prometheus asks each second."""
 CELL, HEAD, WIDTH, HEIGHT, PAD = 45, 34, 355, 168, 14
 COLOURS = ("#0a5bd3", "#d1741f", "#2e8b57", "#b23a48", "#7b5ea7", "#8a6d3b", "#1f9aa8", "#6e7781", "#c2559d", "#5a7d2b")
 MOST_SERIES = 10
-SETTINGS = {"PROXY_METRICS_PORT": "0", "PROXY_RATE_LIMIT": "100000/minute"}
 
 type Series = dict[str, list[tuple[float, float]]]
 
 
-async def record(installation: Installation, seconds: float) -> list[Scrape]:
-    """Scrape every proxy each second under load; halfway an agent dies, and later a proxy is replaced."""
-    scrapes: list[Scrape] = []
+async def trouble(installation: Installation, seconds: float) -> None:
+    """Load it for so long; after a third an agent dies, after two a proxy is replaced, and some callers are refused."""
     token = installation.principals.token("load")
-    began = time.monotonic()
+    fields = {"Authorization": f"Bearer {token}"}
 
-    async def watch(client: httpx.AsyncClient) -> None:
-        while True:
-            texts = {}
-            for address, proxy in tuple(installation.proxies.items()):
-                with contextlib.suppress(httpx.HTTPError, StopIteration):
-                    texts[f"{address}:9464"] = (await client.get(proxy.metrics_url)).text
-            scrapes.append(Scrape.of(time.monotonic() - began, texts))
-            await asyncio.sleep(1)
-
-    async def trouble(client: httpx.AsyncClient) -> None:
-        fields = {"Authorization": f"Bearer {token}"}
+    async def err(client: httpx.AsyncClient) -> None:
         while True:
             await client.post(f"{installation.url}/agent/invoke", json={"text": "hi"})
             await client.post(f"{installation.url}/agent/invoke", json={"text": 5}, headers=fields)
@@ -61,7 +50,7 @@ async def record(installation: Installation, seconds: float) -> list[Scrape]:
         httpx.AsyncClient(trust_env=False, timeout=20) as client,
         steady_load(installation.url, token, streams=40, invoke_every=0.3, words=12, pace_ms=250),
     ):
-        tasks = [asyncio.create_task(watch(client)), asyncio.create_task(trouble(client))]
+        erring = asyncio.create_task(err(client))
         await asyncio.sleep(seconds / 3)
         victim = next(iter(installation.agents))
         installation.agents.pop(victim).process.kill()
@@ -69,20 +58,20 @@ async def record(installation: Installation, seconds: float) -> list[Scrape]:
         await asyncio.sleep(seconds / 3)
         await installation.replace_proxy(next(iter(installation.proxies)))
         await asyncio.sleep(seconds / 3)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return scrapes
+        erring.cancel()
+        await asyncio.gather(erring, return_exceptions=True)
 
 
-def series_of(panel: dict[str, Any], scrapes: Sequence[Scrape]) -> Series:
-    """Give a panel's lines by their legends, each as points of seconds and values."""
+def series_of(panel: dict[str, Any], prometheus: Prometheus, span: tuple[float, float]) -> Series:
+    """Give a panel's lines by their legends, each as points of times and values; `span` is from when to when."""
     lines: Series = {}
+    start, end = (f"{at:.0f}" for at in span)
     for target in panel["targets"]:
-        for last in range(WINDOW, len(scrapes)):
-            for labels, value in evaluate(target["expr"], scrapes[last - WINDOW : last + 1]).items():
-                legend = _legend(target["legendFormat"], dict(labels))
-                lines.setdefault(legend, []).append((scrapes[last].at, value))
+        query = filled(target["expr"], interval=WINDOW)
+        for series in prometheus.ask("query_range", query=query, start=start, end=end, step="1")["result"]:
+            points = [(float(at), float(value)) for at, value in series["values"] if value != "NaN"]
+            lines.setdefault(_legend(target["legendFormat"], series["metric"]), []).extend(points)
+    lines = {name: points for name, points in lines.items() if points}
     busiest = sorted(lines, key=lambda name: -max(value for _, value in lines[name]))[:MOST_SERIES]
     return {name: lines[name] for name in lines if name in busiest}
 
@@ -91,7 +80,7 @@ def _legend(text: str, labels: dict[str, str]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda found: labels.get(found[1], ""), text)
 
 
-def draw(scrapes: Sequence[Scrape]) -> str:
+def draw(prometheus: Prometheus, span: tuple[float, float]) -> str:
     """Draw every panel where the dashboard has it."""
     parts: list[str] = []
     top = 10
@@ -101,7 +90,7 @@ def draw(scrapes: Sequence[Scrape]) -> str:
             top += HEAD
             continue
         left = PAD + panel["gridPos"]["x"] * CELL
-        parts += _panel(panel, series_of(panel, scrapes), left, top)
+        parts += _panel(panel, series_of(panel, prometheus, span), left, top)
         if panel["gridPos"]["x"] + panel["gridPos"]["w"] >= 24:
             top += HEIGHT + 16
     width = 2 * PAD + 24 * CELL
@@ -131,8 +120,9 @@ def _panel(panel: dict[str, Any], lines: Series, left: float, top: float) -> Ite
     x = inner_left
     for number, (name, line) in enumerate(lines.items()):
         colour = COLOURS[number % len(COLOURS)]
-        path = " L".join(place(*point) for point in line)
-        yield f'<path stroke="{colour}" d="M{path}"/>'
+        known = {at for at, _ in line}
+        path = "".join(("L" if at - 1 in known else "M") + place(at, value) for at, value in line)
+        yield f'<path stroke="{colour}" d="{path}"/>'
         if x < right - 4.6 * len(name):
             yield f'<text class="small" style="fill: {colour}" x="{x:.0f}" y="{bottom + 14}">{escape(name)}</text>'
             x += 4.6 * len(name) + 12
@@ -156,11 +146,13 @@ def main() -> None:
     options = parser.parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="dashboard-") as directory,
-        installed(Path(directory), agents=3, proxies=2, **SETTINGS) as installation,
+        installed(Path(directory), agents=3, proxies=2, PROXY_RATE_LIMIT="100000/minute") as installation,
+        running_prometheus(Path(directory), installation.metrics, address=("127.0.0.1", free_port())) as prometheus,
     ):
-        scrapes = asyncio.run(record(installation, options.seconds))
-    options.out.write_text(draw(scrapes))
-    print(f"{options.out}: {len(scrapes)} scrapes")
+        began = time.time()
+        asyncio.run(trouble(installation, options.seconds))
+        options.out.write_text(draw(prometheus, (began, time.time())))
+    print(options.out)
 
 
 if __name__ == "__main__":

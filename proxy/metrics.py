@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Final
 
+from proxy.ends import End
+from proxy.errors import Problem
 from proxy.families import FAMILIES
 from proxy.model import Headers, Record, Usage
 from proxy.operations import OPERATIONS, STREAM, Kind
@@ -74,7 +76,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._requests: dict[tuple[str, str, int, str], int] = {}
-        self._counts: dict[tuple[str, ...], int] = {}
+        self._counts: dict[tuple[str, ...], int] = dict.fromkeys(_from_the_start(), 0)
         self._operations: dict[str, _PerOperation] = {}
         self._lag = Histogram(FAMILIES["event_loop_lag_seconds"].bounds)
         self._live: dict[int, Record] = {}
@@ -192,6 +194,23 @@ class Metrics:
     def continue_from(self, before: Snapshot) -> None:
         """Count on from what the worker counted whose place this one takes, so that no counter ever falls."""
         self._before = {name: rows for name, rows in before.items() if FAMILIES[name].kind != "gauge"}
+
+
+def _from_the_start() -> Iterator[tuple[str, ...]]:
+    """Give what is told before it happens, as 0: a rate does not see the first time of what was not there before."""
+    for end in End:
+        yield "stream_end", end
+        for operation in sorted(_RUNS):
+            yield "runs", operation, end
+    for kind in _kinds(Problem):
+        if "code" in vars(kind):
+            yield "problems", kind.code, kind.fault
+
+
+def _kinds(kind: type[Problem]) -> Iterator[type[Problem]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
 
 
 def _is_stream(record: Record) -> bool:

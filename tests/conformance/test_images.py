@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.support.compose import BASE, SCALE, merged
+
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 ENTRYPOINT = DEPLOY / "agent-entrypoint.sh"
@@ -31,7 +33,7 @@ def stages(image: str) -> list[list[Instruction]]:
     text = (DEPLOY / f"{image}.Dockerfile").read_text()
     lines = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
     found: list[list[Instruction]] = []
-    for line in lines:
+    for line in lines[next(number for number, line in enumerate(lines) if line.startswith("FROM")) :]:
         name, _, arguments = line.partition(" ")
         if name == "FROM":
             found.append([])
@@ -52,11 +54,14 @@ def command(arguments: str) -> list[str]:
 
 @pytest.mark.parametrize("image", IMAGES)
 def test_final_stage_builds_nothing(image: str) -> None:
-    """What builds stays behind in the first stage; both start from the Python the project names, slim."""
+    """What builds stays behind in the first stage; both start from the project's Python, slim, or a pinned one."""
     first, final = stages(image)
-    python = (ROOT / ".python-version").read_text().strip()
+    base = f"python:{(ROOT / '.python-version').read_text().strip()}-slim"
+    builds = [service["build"] for service in merged(BASE, SCALE)["services"].values() if "build" in service]
 
-    assert [last(stage, "FROM").split()[0] for stage in (first, final)] == [f"python:{python}-slim"] * 2
+    assert [last(stage, "FROM").split()[0] for stage in (first, final)] == ["${PYTHON_IMAGE}"] * 2
+    assert f"ARG PYTHON_IMAGE={base}\n" in (DEPLOY / f"{image}.Dockerfile").read_text()
+    assert {build["args"]["PYTHON_IMAGE"] for build in builds} == {f"${{PYTHON_IMAGE:-{base}}}"}
     assert not [each for each in final if each.name == "RUN" and re.search("pip|apt", each.arguments)]
 
 
@@ -68,11 +73,19 @@ def test_only_pinned_packages_are_installed(image: str) -> None:
     (wheel,) = (words for words in lines if "wheel" in words)
     pinned = ["--require-hashes", "--only-binary", ":all:", "-r"]
 
-    assert installs[0] == [*pinned, f"requirements/{image}.txt"]
+    assert installs[0] == ["--no-compile", *pinned, f"requirements/{image}.txt"]
     assert installs[1] == [*pinned, "requirements/build.txt"]
-    assert installs[2][:2] == ["--no-deps", "--no-index"]
+    assert installs[2][:3] == ["--no-compile", "--no-deps", "--no-index"]
     assert {"--no-deps", "--no-build-isolation"} <= set(wheel)
     assert len(installs) == 3
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_compiled_modules_hold_no_times(image: str) -> None:
+    """Two builds of the same files are alike: what is compiled knows its source by hash, and is compiled in order."""
+    runs = [command(each.arguments) for each in stages(image)[0] if each.name == "RUN"]
+
+    assert runs[-1] == ["python", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "/opt/venv/lib"]
 
 
 @pytest.mark.parametrize("image", IMAGES)

@@ -74,6 +74,19 @@ async def well(line: Line) -> None:
         await line.write(answer(b"{}", "connection: close"))
 
 
+def streaming(then: Talk) -> Talk:
+    """Make an agent that answers what is no stream, and has begun one when it talks as `then` does."""
+
+    async def talk(line: Line) -> None:
+        if b"stream" not in await line.request():
+            await line.write(answer(b"{}", "connection: close"))
+            return
+        await line.write(CHUNKED_HEAD + chunk(b"first"))
+        await then(line)
+
+    return talk
+
+
 def test_deployed_configuration_is_accepted(tmp_path: Path) -> None:
     """`nginx -t` finds nothing to say about the file, as a user without privileges runs it."""
     config = write_config(tmp_path, listen="127.0.0.1:8001", upstream="http://127.0.0.1:1", deployed=BALANCER)
@@ -126,16 +139,11 @@ async def test_runs_go_where_fewest_are(balancer: Nginx, port: int) -> None:
     """While one agent is busy with streams, the next runs go to the others."""
     held: list[Line] = []
 
-    async def talk(line: Line) -> None:
-        request = await line.request()
-        if b"stream" not in request:
-            await line.write(answer(b"{}", "connection: close"))
-            return
+    async def hold(line: Line) -> None:
         held.append(line)
-        await line.write(CHUNKED_HEAD + chunk(b"first"))
         await line.gone()
 
-    async with client_of(balancer) as client, agents(port, talk, talk, talk) as members:
+    async with client_of(balancer) as client, agents(port, *[streaming(hold)] * 3) as members:
         await until_known(client, members)
         async with asyncio.TaskGroup() as group:
             streams = [client.stream("POST", "/v1/graph/stream", json={}) for _ in range(9)]
@@ -155,18 +163,13 @@ async def test_events_pass_when_they_are_written_and_a_leaving_client_is_told_of
     passed = asyncio.Event()
     gone = asyncio.Event()
 
-    async def talk(line: Line) -> None:
-        request = await line.request()
-        if b"stream" not in request:
-            await line.write(answer(b"{}", "connection: close"))
-            return
-        await line.write(CHUNKED_HEAD + chunk(b"first"))
+    async def go_on(line: Line) -> None:
         await passed.wait()
         await line.write(chunk(b"second"))
         await line.gone()
         gone.set()
 
-    async with client_of(balancer) as client, agents(port, talk, talk, talk) as members:
+    async with client_of(balancer) as client, agents(port, *[streaming(go_on)] * 3) as members:
         await until_known(client, members)
         async with client.stream("POST", "/v1/graph/stream", json={}) as streamed:
             parts = streamed.aiter_raw()
@@ -181,15 +184,10 @@ async def test_events_pass_when_they_are_written_and_a_leaving_client_is_told_of
 async def test_a_cut_stream_stays_cut(balancer: Nginx, port: int) -> None:
     """A body that the agent did not end does not end well at the proxy either."""
 
-    async def talk(line: Line) -> None:
-        request = await line.request()
-        if b"stream" not in request:
-            await line.write(answer(b"{}", "connection: close"))
-            return
-        await line.write(CHUNKED_HEAD + chunk(b"first"))
+    async def die(line: Line) -> None:
         line.reset()
 
-    async with client_of(balancer) as client, agents(port, talk, talk, talk) as members:
+    async with client_of(balancer) as client, agents(port, *[streaming(die)] * 3) as members:
         await until_known(client, members)
         with pytest.raises(httpx.RemoteProtocolError):
             await client.post("/v1/graph/stream", json={})

@@ -2,7 +2,10 @@
 
 import json
 import re
+import signal
 import socket
+import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +14,18 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard
 from prometheus_client.parser import text_string_to_metric_families
 
 from proxy.families import FAMILIES, PREFIX
 from tests.security.wire import json_answer, stub_upstream
+from tests.support.agent import free_port
+from tests.support.compose import BASE, OBSERVE, merged
 from tests.support.principals import Principals
+from tests.support.programs import require
+from tests.support.prometheus import CONFIGURED, running_prometheus
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +154,16 @@ def test_the_state_of_the_process_is_told(house: House) -> None:
     assert samples["process_resident_memory_bytes", frozenset()] > 1e6
 
 
+def test_what_has_not_happened_yet_is_told(house: House) -> None:
+    """A rate sees the first time of what was at 0 before: cut streams, and problems of every code, with their fault."""
+    samples, _ = scrape(house.proxy.metrics_url)
+
+    assert [value(samples, "stream_end_total", reason=reason) for reason in ("upstream_cut", "idle_deadline")] == [0, 0]
+    assert value(samples, "runs_total", operation="ag-ui", end="upstream_unreachable") == 0
+    assert value(samples, "problems_total", code="overloaded", fault="proxy") == 0
+    assert value(samples, "problems_total", code="upstream_distrust", fault="upstream") == 0
+
+
 def test_no_label_says_who_called(house: House) -> None:
     """Neither a name, nor a path, nor an address; and no method that a caller made up."""
     text = httpx.get(house.proxy.metrics_url).text
@@ -159,10 +179,48 @@ def test_only_metrics_are_on_that_port(house: House) -> None:
     assert house.ask("/metrics", method="GET") == 401
 
 
+def test_prometheus_asks_by_composes_command(house: House, tmp_path: Path) -> None:
+    """Its health check says that it is well, it reads what the proxy tells, and an alert that is due is pending."""
+    service = merged(BASE, OBSERVE)["services"]["prometheus"]
+    told = house.proxy.metrics_url.removeprefix("http://").removesuffix("/metrics")
+    nobody = f"127.0.0.1:{free_port()}"
+    with running_prometheus(tmp_path, [told, nobody], address=("127.0.0.1", free_port())) as prometheus:
+        health = httpx.get(service["healthcheck"]["test"][-1].replace("http://127.0.0.1:9090", prometheus.url))
+        deadline = time.monotonic() + 30
+        while len(prometheus.values("up")) < 2 or not (alerts := prometheus.ask("alerts")["alerts"]):
+            assert time.monotonic() < deadline, prometheus.ask("rules")
+            time.sleep(0.1)
+        up = {
+            series["metric"]["instance"]: series["value"][1] for series in prometheus.ask("query", query="up")["result"]
+        }
+        counted = prometheus.values('agent_proxy_requests_total{operation="invoke",status="200"}')
+        prometheus.process.send_signal(signal.Signals[service["stop_signal"]])
+        status = prometheus.process.wait(30)
+
+    assert health.status_code == 200
+    assert up == {told: "1", nobody: "0"}
+    assert counted == [3]
+    assert [(alert["labels"]["alertname"], alert["labels"]["instance"], alert["state"]) for alert in alerts] == [
+        ("ProxyDown", nobody, "pending")
+    ]
+    assert status == 0
+
+
+def test_prometheuss_own_tool_has_nothing_to_say() -> None:
+    """`promtool` reads the configuration as it is deployed, and every rule in it."""
+    words = [require("promtool", package="prometheus"), "check", "config", CONFIGURED / "prometheus.yml"]
+    (group,) = yaml.safe_load((CONFIGURED / "alerts.yml").read_text())["groups"]
+
+    checked = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert f"{len(group['rules'])} rules found" in checked.stdout
+
+
 def queries() -> dict[str, set[str]]:
     """Give the metrics that the dashboards and alert rules name, by file."""
     found = {}
-    for path in (*ROOT.glob("deploy/grafana/**/*.json"), ROOT / "deploy" / "prometheus" / "alerts.yml"):
+    for path in (*ROOT.glob("deploy/grafana/**/*.json"), CONFIGURED / "alerts.yml"):
         found[path.name] = set(NAME.findall(path.read_text()))
     return found
 
@@ -177,6 +235,29 @@ def test_dashboards_and_alerts_name_metrics_that_exist(house: House) -> None:
     for file, metrics in named.items():
         assert metrics, file
         assert metrics - names - declared == set(), file
+
+
+def test_grafana_knows_every_member_of_the_dashboard() -> None:
+    """Read into Grafana's own model and written again, nothing of the file is lost or changed."""
+    register_default_plugins()
+    written = json.loads((ROOT / "deploy" / "grafana" / "agentflow-proxy.json").read_text())
+
+    known = json.loads(JSONEncoder().encode(Dashboard.from_json(written)))
+
+    assert lost(written, known) == []
+
+
+def lost(written: Any, known: Any, at: str = "") -> list[str]:
+    """Give where something that was written is not known so; what the model adds does not count."""
+    if isinstance(written, dict) and isinstance(known, dict):
+        return [each for name in written for each in lost(written[name], known.get(name), f"{at}/{name}")]
+    if isinstance(written, list) and isinstance(known, list) and len(written) == len(known):
+        return [
+            each
+            for number, pair in enumerate(zip(written, known, strict=True))
+            for each in lost(*pair, f"{at}/{number}")
+        ]
+    return [] if written == known else [at]
 
 
 def test_every_metric_is_documented() -> None:
@@ -197,7 +278,7 @@ def test_every_metric_is_documented() -> None:
 
 def test_every_alert_says_what_to_do() -> None:
     """Each rule has a severity, a sentence, and a section of the documentation that exists."""
-    (group,) = yaml.safe_load((ROOT / "deploy" / "prometheus" / "alerts.yml").read_text())["groups"]
+    (group,) = yaml.safe_load((CONFIGURED / "alerts.yml").read_text())["groups"]
     sections = re.findall(r"^### (\w+)$", (ROOT / "docs" / "observability.md").read_text(), re.MULTILINE)
 
     assert len(group["rules"]) >= 8

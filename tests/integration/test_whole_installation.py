@@ -4,6 +4,8 @@ client → edge nginx → two proxies → inner nginx → three agents → Postg
 """
 
 import asyncio
+import signal
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +16,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.support.installation import Installation, installed
+from tests.support.agent import free_port
+from tests.support.compose import ROOT
+from tests.support.installation import GRACE, Installation, installed
 from tests.support.load import Load, steady_load
-from tests.support.panels import DASHBOARD, Scrape, evaluate, panels
+from tests.support.prometheus import filled, panels, running_prometheus
 from tests.support.proxy import start_proxy, stop_proxy
 
 # Eight processes start before the first test, and on a busy machine each takes its time.
@@ -28,8 +32,8 @@ STREAMS = 30
 @pytest.fixture(scope="module")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installation]:
     """Run the whole of it."""
-    settings = {"PROXY_METRICS_PORT": "0", "PROXY_RATE_LIMIT": "100000/minute"}
-    with installed(tmp_path_factory.mktemp("installation"), agents=3, proxies=2, **settings) as running:
+    limit = "100000/minute"
+    with installed(tmp_path_factory.mktemp("installation"), agents=3, proxies=2, PROXY_RATE_LIMIT=limit) as running:
         yield running
 
 
@@ -61,31 +65,29 @@ def test_a_thread_goes_on_on_another_agent(installation: Installation) -> None:
         assert [fruit for fruit in ("fig", "plum", "pear", "sloe", "lime", "date") if fruit not in words] == []
 
 
-def test_every_panel_of_the_dashboard_shows_data(installation: Installation) -> None:
-    """After an invoke, a stream and a refusal each query finds something; the picture in docs/ has the same panels."""
+def test_every_panel_of_the_dashboard_shows_data(installation: Installation, tmp_path: Path) -> None:
+    """A real Prometheus finds something for each query, once there was some of everything; no rule of ours fails.
 
-    def scrape() -> Scrape:
-        told = {address: httpx.get(proxy.metrics_url).text for address, proxy in installation.proxies.items()}
-        return Scrape.of(time.monotonic(), told)
-
-    scrapes = [scrape()]
-    with installation.client() as client:
-        spoken(client.post("/agent/invoke", json={"text": "hi"}))
-        assert client.post("/agent/stream", json={"text": "hi"}).status_code == 200
-        assert client.post("/agent/invoke", json={"text": 5}).status_code == 422
-        spoken(client.post("/agent/invoke", json={"text": "hi"}))
+    The picture in docs/ has the same panels.
+    """
     shown = [panel for panel in panels() if panel["type"] != "row"]
+    missing = {(panel["title"], target["expr"]) for panel in shown for target in panel["targets"]}
+    health = {"unknown"}
     deadline = time.monotonic() + PATIENCE
-    while missing := [
-        (panel["title"], target["expr"])
-        for panel in shown
-        for target in panel["targets"]
-        if not evaluate(target["expr"], [*scrapes, scrape()])
-    ]:
-        assert time.monotonic() < deadline, missing
+    at = ("127.0.0.1", free_port())
+    with running_prometheus(tmp_path, installation.metrics, address=at) as prometheus, installation.client() as client:
+        while missing or "unknown" in health:
+            assert time.monotonic() < deadline, missing
+            spoken(client.post("/agent/invoke", json={"text": "hi"}))
+            assert client.post("/agent/stream", json={"text": "hi"}).status_code == 200
+            assert client.post("/agent/invoke", json={"text": 5}).status_code == 422
+            missing = {(title, query) for title, query in missing if not prometheus.values(filled(query))}
+            (group,) = prometheus.ask("rules")["groups"]
+            health = {rule["health"] for rule in group["rules"]}
 
-    picture = DASHBOARD.parents[2] / "docs" / "dashboard.svg"
-    assert [panel["title"] for panel in shown if f">{escape(panel['title'])}<" not in picture.read_text()] == []
+    assert health == {"ok"}, group
+    picture = (ROOT / "docs" / "dashboard.svg").read_text()
+    assert [panel["title"] for panel in shown if f">{escape(panel['title'])}<" not in picture] == []
 
 
 def test_anothers_thread_stays_closed_on_every_agent(installation: Installation) -> None:
@@ -125,20 +127,33 @@ def test_limits_are_exact_over_proxies(installation: Installation, tmp_path: Pat
     assert (statuses.count(200), statuses.count(429)) == (20, 40)
 
 
-def test_an_added_agent_gets_runs_without_a_restart(installation: Installation) -> None:
-    """`--scale agent=4`: the inner nginx asks for the name again, and the fourth has work soon after."""
-    added = installation.add_agent()
-    address = next(address for address, agent in installation.agents.items() if agent is added)
-    deadline = time.monotonic() + PATIENCE
-    with installation.client() as client:
-        while not installation.runs()[address]:
-            assert time.monotonic() < deadline, "the fourth agent has no work"
-            spoken(client.post("/agent/invoke", json={"text": "hi"}))
+async def test_added_members_have_work_and_removed_ones_none(installation: Installation) -> None:
+    """`--scale agent=4 --scale proxy=3` and back, under load: both nginx ask for the names again, and nothing fails."""
+    async with steadily_called(installation) as load, asyncio.timeout(GRACE):
+        _, proxy = await asyncio.gather(
+            asyncio.to_thread(installation.add_agent), asyncio.to_thread(installation.add_proxy)
+        )
+        agent_address, proxy_address = list(installation.agents)[-1], list(installation.proxies)[-1]
+        while not installation.runs()[agent_address] or not proxy.has_answered():
+            await asyncio.sleep(0.05)
+        statuses = await asyncio.gather(
+            asyncio.to_thread(installation.remove_agent, agent_address),
+            asyncio.to_thread(installation.remove_proxy, proxy_address),
+        )
 
-    status = installation.stop_agent(address)
-    installation.names.addresses["agent"] = tuple(installation.agents)
+    names = installation.names
+    asked = names.asked["proxy"]
+    while names.asked["proxy"] < asked + 2:  # by now the edge has forgotten, too, that this one failed
+        await asyncio.sleep(0.05)
+    with socket.create_server((proxy_address, installation.proxy_port)) as grave, installation.client() as client:
+        later = [client.get("/agent/ping").status_code for _ in range(12)]
+        grave.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            grave.accept()
 
-    assert status in {0, -15}
+    assert load.failures == []
+    assert statuses == [-signal.SIGTERM, 0]
+    assert later == [200] * 12
 
 
 async def test_a_killed_agent_costs_its_own_runs_only(installation: Installation) -> None:

@@ -5,7 +5,9 @@ It starts nothing.
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -36,9 +38,9 @@ def merged(*names: str) -> dict[str, Any]:
     return services
 
 
-def interpolated(text: str) -> str:
-    """Give the text with every variable at its default."""
-    return REFERENCE.sub(lambda match: match["default"] or "", text)
+def interpolated(text: str, dotenv: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Give the text with every variable as .env has it, or at its default."""
+    return REFERENCE.sub(lambda match: dotenv.get(match["name"], match["default"] or ""), text)
 
 
 def environment(service: dict[str, Any]) -> dict[str, str]:
@@ -47,9 +49,11 @@ def environment(service: dict[str, Any]) -> dict[str, str]:
 
 
 def command(service: dict[str, Any]) -> list[str]:
-    """Give the words of a service's command: its own, or its image's."""
+    """Give the words of a service's command: its own, or its image's, where that is ours."""
     if "command" in service:
         return list(service["command"])
+    if "build" not in service:
+        return []
     text = (ROOT / service["build"]["dockerfile"]).read_text()
     words: list[str] = json.loads(re.findall(r"^CMD (\[.*\])$", text, re.MULTILINE)[-1])
     return words

@@ -51,6 +51,7 @@ class Installation:
     settings: dict[str, str]
     agent_port: int = field(default_factory=free_port)
     proxy_port: int = field(default_factory=free_port)
+    metrics_port: int = field(default_factory=free_port)
     agents: dict[str, Agent] = field(default_factory=dict)
     proxies: dict[str, Proxy] = field(default_factory=dict)
     balancer: Nginx | None = None
@@ -61,6 +62,11 @@ class Installation:
         """Give where clients call."""
         assert self.edge is not None
         return self.edge.url
+
+    @property
+    def metrics(self) -> list[str]:
+        """Give where each proxy serves its metrics, also the one that takes its place."""
+        return [f"{address}:{self.metrics_port}" for address in self.proxies]
 
     def client(self, subject: str = "alice") -> httpx.Client:
         """Make a caller at the edge."""
@@ -82,6 +88,12 @@ class Installation:
         """Ask an agent to end, as compose does, and wait for what it still does; give its status."""
         return _ended(self.agents.pop(address).process)
 
+    def remove_agent(self, address: str) -> int:
+        """Stop an agent for good; the name server tells of it until it has ended, as Docker's does."""
+        status = self.stop_agent(address)
+        self.names.addresses["agent"] = tuple(self.agents)
+        return status
+
     def add_proxy(self) -> Proxy:
         """Start one more proxy, and let the name server tell of it."""
         return self.start_proxy(next(address for address in PROXIES if address not in self.proxies))
@@ -90,6 +102,7 @@ class Installation:
         """Start a proxy at this address, and let the name server tell of it."""
         assert self.balancer is not None
         listens = {"PROXY_HOST": address, "PROXY_PORT": str(self.proxy_port), "PROXY_TRUSTED_HOPS": "1"}
+        listens |= {"PROXY_METRICS_HOST": address, "PROXY_METRICS_PORT": str(self.metrics_port)}
         settings = listens | {"PROXY_AGENT_AUDIENCE": "agentflow"} | self.settings | more
         self.proxies[address] = start_proxy(
             self.directory, self.balancer.url, self.secret, **self.principals.environment(), **settings
@@ -100,6 +113,12 @@ class Installation:
     def stop_proxy(self, address: str) -> int:
         """Ask a proxy to end, as compose does, and wait for what it still does; give its status."""
         return _ended(self.proxies.pop(address).process)
+
+    def remove_proxy(self, address: str) -> int:
+        """Stop a proxy for good, likewise."""
+        status = self.stop_proxy(address)
+        self.names.addresses["proxy"] = tuple(self.proxies)
+        return status
 
     def reload(self, nginx: Nginx) -> None:
         """Have nginx read its configuration again, in new workers; the old ones end what they do."""
@@ -129,7 +148,7 @@ class Installation:
         """Restart a proxy and wait until it has work again; give the status with which the old one ended."""
         status = await asyncio.to_thread(self.stop_proxy, address)
         proxy = await asyncio.to_thread(self.start_proxy, address)
-        while not any(line["event"] == "request.finished" for line in proxy.log_lines()):
+        while not proxy.has_answered():
             await asyncio.sleep(0.05)
         return status
 

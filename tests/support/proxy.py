@@ -41,6 +41,10 @@ class Proxy:
         started = next(line for line in self.log_lines() if line["event"] == "server.started")
         return f"http://{started['metrics']}/metrics"
 
+    def has_answered(self) -> bool:
+        """Say whether a request has ended here."""
+        return any(line["event"] == "request.finished" for line in self.log_lines())
+
     def line_of(self, **fields: object) -> dict[str, Any]:
         """Wait for the access line that has these fields: it is written after the answer's last byte."""
         deadline = time.monotonic() + DEADLINE

@@ -1,0 +1,17 @@
+"""Finds the programs that no wheel ships. Only root can install them, and README promises tests without root."""
+
+import os
+import shutil
+
+import pytest
+
+
+def require(*names: str, package: str) -> str:
+    """Give the path of the first that is there; without one skip the test, or fail it in CI, which installs them."""
+    for name in names:
+        if (path := shutil.which(name)) is not None:
+            return path
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"CI has to have {names[0]}: apt-get install {package}")
+    # CI fails above instead, and .ci/run installs them.
+    pytest.skip(f"no {names[0]} here: apt-get install {package}")

@@ -116,7 +116,6 @@ class Plan:
     is_per_principal: bool
     holds: bool
     """Whether something is held, or charged, while a run lasts."""
-    is_shadowed: bool
 
 
 class Policies:
@@ -188,7 +187,6 @@ def plan_of(quotas: Sequence[Quota]) -> Plan:
         " ".join(f"{q.strategy[0]} {q.amount} {q.window} {q.cost} {q.shadow:d}" for q in quotas),
         is_per_principal=all(quota.per is Per.PRINCIPAL for quota in quotas),
         holds=any(quota.unit is not Unit.REQUESTS for quota in quotas),
-        is_shadowed=any(quota.shadow for quota in quotas),
     )
 
 

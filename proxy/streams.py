@@ -110,7 +110,7 @@ class Stream:
         form = AgUiLines if self._run.wish is Wish.AG_UI else RawLines
         lines = form(self._errors, self._rules.max_line)
         first = b""
-        headers = exchange.headers
+        headers = [field for field in exchange.headers if field[0] != b"content-length"]  # a safe error line is longer
         if self._run.wish is Wish.LINES:
             verdict = None
             while verdict is None and not exchange.ended:
@@ -151,7 +151,7 @@ class Stream:
         if self._begun:
             return
         self._begun = True
-        head = downstream_headers(headers)
+        head = downstream_headers(headers, status=status)
         if self._frames is not None:
             head = [field for field in head if field[0] not in (b"content-type", b"content-length")]
             head.append((b"content-type", EVENTS_TYPE + b"; charset=utf-8"))

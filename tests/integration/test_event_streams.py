@@ -127,6 +127,21 @@ async def test_a_quiet_stream_is_kept_alive_from_before_its_first_byte(house: Ho
     assert [event.name for event in events] == ["message"] * 3 + ["done"]
 
 
+async def test_a_length_that_no_longer_holds_is_not_passed_on(house: House) -> None:
+    """An error line made safe has another length than it had; an answer that has no body has none (RFC 9110 §8.6)."""
+    async with client_of(house.proxy, house.principals) as client:
+        house.talk = saying(answer(LINES[0] + b"\n" + FAILED, "content-type: text/event-stream"))
+        failed = await client.post("/agent/stream", json=RUN)
+        house.talk = saying(b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\n")
+        empty = await client.post("/agent/stream", json=RUN)
+
+    assert failed.content.startswith(LINES[0] + b"\n")
+    assert b"hunter2" not in failed.content
+    assert "content-length" not in failed.headers
+    assert (empty.status_code, empty.headers.get("content-length")) == (204, None)
+    assert await house.end_of(empty) == "done"
+
+
 async def test_a_failed_run_is_told_once_and_not_why(house: House) -> None:
     """Both of the sidecar's error lines become the one terminal event."""
     house.talk = saying(CHUNKED_HEAD, chunk(LINES[0] + b"\n" + FAILED + FAILED), LAST_CHUNK)

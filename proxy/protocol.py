@@ -123,13 +123,18 @@ class OneAtATime(Leaving, HttpToolsProtocol):
     def on_message_begin(self) -> None:
         if self._is_answering():
             raise RefusedError("pipelined")
+        self._kept_since = math.inf
         super().on_message_begin()
 
     @override
     def on_headers_complete(self) -> None:
-        if self.parser.should_upgrade() and any(name in _ANNOUNCE_A_BODY for name, _ in self.headers):
-            raise RefusedError("a body behind an upgrade")
-        super().on_headers_complete()
+        if self.parser.should_upgrade():
+            if any(name in _ANNOUNCE_A_BODY for name, _ in self.headers):
+                raise RefusedError("a body behind an upgrade")
+            super().on_headers_complete()
+        else:
+            super().on_headers_complete()
+            self.headers = []  # for trailers, which are no header fields (RFC 9110 §6.5.1): the scope keeps its own list
 
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -153,7 +158,7 @@ class OneAtATime(Leaving, HttpToolsProtocol):
 
     @override
     def _unset_keepalive_if_required(self) -> None:
-        self._kept_since = math.inf
+        """Let it run: bytes may be the rest of a body that was answered unread, which nothing else would bound."""
 
     @override
     def on_response_complete(self) -> None:

@@ -250,6 +250,22 @@ async def test_a_kept_connection_is_closed_when_nobody_uses_it() -> None:
     assert seen == [(False, 1), (False, 1), (False, 1), (False, 0), (False, 1), (True, 0)]
 
 
+async def test_a_body_that_was_answered_unread_does_not_hold_its_connection() -> None:
+    """Whoever is refused before his body is read has as long for the rest of it as for another request."""
+    protocol, wire = connect(answering(start([LENGTH], follows=True), body(b"hi")))
+    clock = Clock()
+    protocol.loop = clock  # type: ignore[assignment]  # what of a loop is used
+    protocol.data_received(b"POST /agent/invoke HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+    await asyncio.gather(*protocol.tasks)
+    seen = []
+    for now in (30, 60, 75):
+        protocol.data_received(b"1\r\nx\r\n")
+        clock.pass_to(now)
+        seen.append(wire.closed)
+
+    assert seen == [False, False, True]
+
+
 async def test_a_lost_connection_leaves_no_timer() -> None:
     """A timer would keep all that the connection held."""
     protocol, _ = connect(answering(start([LENGTH], follows=True), body(b"hi")))

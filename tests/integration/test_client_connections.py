@@ -122,6 +122,20 @@ async def test_the_body_of_an_upgrade_is_no_request(house: House) -> None:
     writer.close()
 
 
+async def test_a_trailer_is_no_header_field(house: House) -> None:
+    """What comes behind a body is no credential, address or id: whoever stands before us never looked at it."""
+    reader, writer = await house.connect()
+    lines = ["POST /agent/stream HTTP/1.1", "host: a", "content-type: application/json", "transfer-encoding: chunked"]
+    trailers = f"0\r\nauthorization: Bearer {house.token}\r\nx-request-id: trailing\r\n\r\n"
+    writer.write("\r\n".join([*lines, "", ""]).encode() + chunk(b'{"text":"hi"}') + trailers.encode())
+    async with asyncio.timeout(10):
+        head = await reader.readuntil(b"\r\n\r\n")
+
+    assert head.startswith(b"HTTP/1.1 401")
+    assert b"trailing" not in head
+    writer.close()
+
+
 async def test_half_a_connection_is_none(house: House) -> None:
     """A client that closes its half is taken for gone: the answer is cut, and so is the run."""
     reader, writer = await house.connect()

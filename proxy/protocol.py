@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any, Final, cast, override
 
 import pydantic_core
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers as Fields
@@ -32,6 +33,41 @@ class RefusedError(Exception):
     """Raised inside the parser to stop it; uvicorn then calls `send_400_response`."""
 
 
+class Signal:
+    """An `asyncio.Event` for one task that waits. That one's deque takes 760 bytes of every open stream."""
+
+    __slots__ = ("_is_set", "_waiter")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    def set(self) -> None:
+        """Let the task go on, now or when it comes to wait."""
+        self._is_set = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def clear(self) -> None:
+        """Have it wait again."""
+        self._is_set = False
+
+    async def wait(self) -> None:
+        """Wait until it is set."""
+        if not self._is_set:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+
+class Flow(FlowControl):
+    """uvicorn's flow control, with a `Signal`."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = self.write_paused = False
+        self._is_writable_event = cast("asyncio.Event", Signal())
+
+
 class CycleInbox(Inbox):
     """What a client sends in one request. The task and the timer that it spares cost 60 k instructions a request."""
 
@@ -51,7 +87,7 @@ class CycleInbox(Inbox):
         if cycle.more_body or not cycle.body or cycle.disconnected or cycle.waiting_for_100_continue:
             return None
         body, cycle.body = bytes(cycle.body), bytearray()
-        cycle.message_event.clear()
+        cycle.message_event = cast("asyncio.Event", Signal())
         return body
 
     @override
@@ -101,11 +137,24 @@ class OneAtATime(Leaving, HttpToolsProtocol):
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
 
+    # uvicorn's attributes too: there are more than 30, and a dict of so many takes 1,600 bytes of every connection.
+    __slots__ = (
+        "_inbox", "_note_refusal", "access_log", "access_logger", "app", "app_state", "asgi_version", "client",
+        "config", "connections", "cycle", "expect_100_continue", "flow", "headers", "limit_concurrency", "logger",
+        "loop", "parser", "pipeline", "root_path", "scheme", "scope", "server", "server_state", "tasks",
+        "timeout_keep_alive", "timeout_keep_alive_task", "transport", "url", "ws_protocol_class",
+    )  # fmt: skip
+
     def __init__(self, *args: Any, note_refusal: Callable[..., None] | None = None, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
         self._inbox: CycleInbox | None = None
         self.pipeline = _no_pipeline()
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.flow = Flow(transport)
 
     @override
     def on_message_begin(self) -> None:

@@ -4,7 +4,7 @@ Pure ASGI. Refuses by default, before routing and before a byte of the body is r
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Final
 
@@ -114,23 +114,32 @@ class Authentication:
         self._lifecycle = lifecycle
         self._audit = audit
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in PUBLIC or scope["raw_path"] != scope["path"].encode():
-            record: Record = scope[RECORD]
-            if scope["type"] == "websocket":
-                scope["headers"] = self._offered(scope["headers"], record)
-                scope[REPROVE] = partial(self._reprove, scope["headers"], record)
-            credential = self._read(scope["headers"], record)
-            principal = self._authenticator.recall(credential)
-            if principal is None:
-                principal = await self._prove(credential, record)
-            if principal.key_id:
-                self._audit.note_use(principal, record)
-            record.principal = principal  # in the access line, whomever it acts for
-            record.principal = act_for_named(principal, scope["headers"])
-            if self._lifecycle.draining:
-                raise Draining
-        await self._app(scope, receive, send)
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        if scope["path"] in PUBLIC and scope["raw_path"] == scope["path"].encode():
+            return self._app(scope, receive, send)
+        record: Record = scope[RECORD]
+        if scope["type"] == "websocket":
+            scope["headers"] = self._offered(scope["headers"], record)
+            scope[REPROVE] = partial(self._reprove, scope["headers"], record)
+        credential = self._read(scope["headers"], record)
+        principal = self._authenticator.recall(credential)
+        if principal is None:
+            return self._prove_first(credential, scope, receive, send)
+        return self._let_in(principal, scope, receive, send)
+
+    async def _prove_first(self, credential: Credential, scope: Scope, receive: Receive, send: Send) -> None:
+        principal = await self._prove(credential, scope[RECORD])
+        await self._let_in(principal, scope, receive, send)
+
+    def _let_in(self, principal: Principal, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        record: Record = scope[RECORD]
+        if principal.key_id:
+            self._audit.note_use(principal, record)
+        record.principal = principal  # in the access line, whomever it acts for
+        record.principal = act_for_named(principal, scope["headers"])
+        if self._lifecycle.draining:
+            raise Draining
+        return self._app(scope, receive, send)
 
     async def _reprove(self, headers: Headers, record: Record) -> Principal:
         credential = self._read(headers, record)

@@ -169,6 +169,7 @@ class Relay:
         try:
             with ClientPresent(receive, deadlines.total):
                 exchange = await self._upstream.start(request, deadlines)
+                del request  # which an open stream need not hold
                 await (_pass(exchange, send, run.spending) if stream is None else stream.deliver(exchange))
         except ClientLeft:
             spent = asyncio.get_running_loop().time() - started

@@ -155,6 +155,7 @@ class Stream:
         if self._frames is not None:
             head = [field for field in head if field[0] not in (b"content-type", b"content-length")]
             head.append((b"content-type", EVENTS_TYPE + b"; charset=utf-8"))
+        headers.clear()  # an open stream needs them no more
         await self._send({"type": "http.response.start", "status": status, "headers": head})
 
     async def _write(self, body: bytes, *, more: bool = True) -> None:

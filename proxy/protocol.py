@@ -100,6 +100,11 @@ class CycleInbox(Inbox):
         else:
             self._cycle.flow.resume_reading()  # a long body pauses it, and who does not read hears nobody leave
 
+    @property
+    @override
+    def is_writable(self) -> bool:
+        return not self._cycle.flow.write_paused
+
     def tell_left(self) -> None:
         """Take in that the connection is lost, before its answer was complete or after."""
         left, self._left = self._left, None

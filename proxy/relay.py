@@ -161,7 +161,8 @@ class Relay:
     async def _relay_run(
         self, request: UpstreamRequest, deadlines: Deadlines, lease: Lease, receive: Receive, send: Send, run: Run
     ) -> None:
-        stream = Stream(run, self._rules, send) if run.wish is not None else None
+        inbox = receive if isinstance(receive, Inbox) else None
+        stream = Stream(run, self._rules, send, inbox) if run.wish is not None else None
         exchange: Exchange | None = None
         kept = False
         started = asyncio.get_running_loop().time()

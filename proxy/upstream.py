@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from proxy.answers import Answer
 from proxy.errors import Problem
-from proxy.model import Deadlines, Headers, UpstreamRequest
+from proxy.model import Deadlines, Headers, Outlet, UpstreamRequest
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamProblem
 
 MAX_WAITING_BYTES: Final = 65_536
@@ -99,6 +99,7 @@ class PooledExchange:
         self._answer = Answer()
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[bool] | None = None
+        self._outlet: Outlet | None = None
         self._paused = False
         self.ended = False
         """See `model.Exchange.ended`."""
@@ -123,11 +124,11 @@ class PooledExchange:
                 return False
         return True
 
-    async def read(self) -> bytes:
+    async def read(self, outlet: Outlet | None = None) -> bytes:
         """See `model.Exchange.read`."""
         answer = self._answer
         while not answer.waiting and not answer.complete:
-            if not await self._more():
+            if not await self._more(outlet):
                 return b""
         if answer.complete:
             self.ended = True
@@ -158,6 +159,8 @@ class PooledExchange:
         except Problem as problem:
             self.fail(problem)
             return
+        if self._outlet is not None and self._passed_on(self._outlet):
+            return
         if self._answer.waiting > MAX_WAITING_BYTES and not self._paused and self._connection is not None:
             self._paused = True
             self._connection.pause()
@@ -179,9 +182,21 @@ class PooledExchange:
 
     # Inside.
 
-    def _more(self) -> asyncio.Future[bool]:
+    def _passed_on(self, outlet: Outlet) -> bool:
+        """Pass on what has arrived, if somebody waits for it and nothing but passing it on is to be done."""
+        answer, waiter = self._answer, self._waiter
+        if waiter is None or waiter.done() or answer.complete or not answer.waiting or not outlet.is_open:
+            return False
+        try:
+            outlet.pass_on(answer.take())
+        except Exception as error:  # noqa: BLE001  it is raised where the bytes are waited for
+            self.fail(error)
+        return True
+
+    def _more(self, outlet: Outlet | None = None) -> asyncio.Future[bool]:
         if self._failure is not None:
             raise self._failure
+        self._outlet = outlet
         self._waiter = self._loop.create_future()
         return self._waiter
 

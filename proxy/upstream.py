@@ -11,7 +11,6 @@ from typing import Final, cast
 from urllib.parse import urlsplit
 
 from proxy.answers import Answer
-from proxy.errors import Problem
 from proxy.model import Deadlines, Headers, Outlet, UpstreamRequest
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamProblem
 
@@ -61,15 +60,10 @@ class Connection(asyncio.Protocol):
         """Whether bytes can still be exchanged."""
         return self._transport is not None
 
-    def pause(self) -> None:
-        """Stop reading, so that the sidecar is held back."""
+    def hold_back(self, *, held: bool) -> None:
+        """Read no more, so that the sidecar is held back; or read on."""
         if self._transport is not None:
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if self._transport is not None:
-            self._transport.resume_reading()
+            (self._transport.pause_reading if held else self._transport.resume_reading)()
 
     # What the event loop calls.
 
@@ -136,7 +130,7 @@ class PooledExchange:
             self._part(reusable=answer.persistent and not answer.surplus and answer.status < _FAILED)
         elif self._paused and self._connection is not None:
             self._paused = False
-            self._connection.resume()
+            self._connection.hold_back(held=False)
         self.active = self._loop.time()
         return answer.take()
 
@@ -154,16 +148,19 @@ class PooledExchange:
     def feed(self, data: bytes) -> None:
         """Take in what arrived."""
         self.active = self._loop.time()
+        answer, outlet, waiter = self._answer, self._outlet, self._waiter
+        is_awaited = outlet is not None and waiter is not None and not waiter.done()
         try:
-            self._answer.feed(data)
-        except Problem as problem:
-            self.fail(problem)
+            answer.feed(data)
+            if outlet is not None and is_awaited and answer.waiting and not answer.complete and outlet.is_open:
+                outlet.pass_on(answer.take())
+                return
+        except Exception as error:  # noqa: BLE001  it is raised where the bytes are waited for
+            self.fail(error)
             return
-        if self._outlet is not None and self._passed_on(self._outlet):
-            return
-        if self._answer.waiting > MAX_WAITING_BYTES and not self._paused and self._connection is not None:
+        if answer.waiting > MAX_WAITING_BYTES and not self._paused and self._connection is not None:
             self._paused = True
-            self._connection.pause()
+            self._connection.hold_back(held=True)
         self._wake()
 
     def cut(self, reason: str) -> None:
@@ -182,17 +179,6 @@ class PooledExchange:
 
     # Inside.
 
-    def _passed_on(self, outlet: Outlet) -> bool:
-        """Pass on what has arrived, if somebody waits for it and nothing but passing it on is to be done."""
-        answer, waiter = self._answer, self._waiter
-        if waiter is None or waiter.done() or answer.complete or not answer.waiting or not outlet.is_open:
-            return False
-        try:
-            outlet.pass_on(answer.take())
-        except Exception as error:  # noqa: BLE001  it is raised where the bytes are waited for
-            self.fail(error)
-        return True
-
     def _more(self, outlet: Outlet | None = None) -> asyncio.Future[bool]:
         if self._failure is not None:
             raise self._failure
@@ -209,7 +195,7 @@ class PooledExchange:
         connection, self._connection = self._connection, None
         if connection is not None:
             if self._paused:
-                connection.resume()
+                connection.hold_back(held=False)
             connection.end(reusable=reusable)
 
     def _check_deadlines(self) -> None:

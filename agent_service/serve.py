@@ -82,8 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # As `agentflow api` does: the server reads the one, and imports the graph beside it.
     os.environ["GRAPH_PATH"] = str(options.config.resolve())
     sys.path.insert(0, str(options.config.resolve().parent))
-    listener = socket.create_server((options.host, options.port), backlog=2048)
-    Server(uvicorn.Config(APP, timeout_graceful_shutdown=options.grace)).run(sockets=[listener])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # uvicorn listens once the graph is ready. Until then this port refuses: a balancer would otherwise find that
+        # this agent has the fewest runs, and give it every new one to keep waiting.
+        listener.bind((options.host, options.port))
+        Server(uvicorn.Config(APP, timeout_graceful_shutdown=options.grace)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ mean.
 """
 
 import asyncio
+import select
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import cache
@@ -212,6 +213,13 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         self.transport.close()
         if self._note_refusal is not None:
             self._note_refusal(self.client, reason=msg, sent=len(body))
+
+    def close_idle(self) -> None:
+        """Close between two requests, unless the next is here already, not yet read."""
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        if not self._is_answering() and not poll.poll(0):
+            self.transport.close()
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

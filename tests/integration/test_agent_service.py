@@ -1,7 +1,11 @@
 """The agent as a real process: who may call it, what it streams and remembers, when it will not start."""
 
 import json
+import os
 import signal
+import socket
+import subprocess
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,16 @@ import pytest
 from proxy import usage
 from proxy.model import Usage
 from proxy.usage import reader_for
-from tests.support.agent import Agent, AgentStoppedError, ask, internal_token, start_agent, stop
+from tests.support.agent import (
+    PRODUCTION,
+    Agent,
+    AgentStoppedError,
+    ask,
+    free_port,
+    internal_token,
+    start_agent,
+    stop,
+)
 
 INVOKE = "/v1/graph/invoke"
 STREAM = "/v1/graph/stream"
@@ -173,6 +186,34 @@ async def test_threads_survive_a_restart(tmp_path: Path) -> None:
 
     assert first.process.returncode == -signal.SIGTERM
     assert _text(recalled.json()["data"]["messages"][-1]) == "the kettle is blue"
+
+
+def test_an_agent_that_is_not_ready_takes_no_connection(tmp_path: Path) -> None:
+    """As long as its graph is loading its port refuses, so that a balancer sends what comes to the others."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    (tmp_path / "slow.py").write_text(f"open({str(gate)!r}).read()\nfrom agent_service.graph import app\n")
+    (tmp_path / "agentflow.json").write_text('{"agent": "slow:app"}')
+    port = free_port()
+    command = [*PRODUCTION, "--port", str(port), "--config", tmp_path / "agentflow.json"]
+    variables = {"PATH": os.defpath, "AGENT_DATABASE": "memory", "JWT_SECRET_KEY": "s" * 32, "JWT_ALGORITHM": "HS256"}
+    process = subprocess.Popen(command, env=variables, cwd=tmp_path)
+    try:
+        with gate.open("w"):  # which waits until it is read
+            early = accepts(port)
+        while not accepts(port):
+            assert process.poll() is None
+            time.sleep(0.05)
+    finally:
+        stop(process)
+
+    assert not early
+
+
+def accepts(port: int) -> bool:
+    """Say whether somebody listens."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 async def test_production_keeps_threads_apart_and_tokens_narrow(tmp_path: Path) -> None:

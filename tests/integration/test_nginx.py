@@ -5,6 +5,7 @@ The proxy is a stand-in that each test plays itself; what happens when is ordere
 
 import asyncio
 import json
+import os
 import secrets
 import subprocess
 from collections.abc import AsyncIterator, Awaitable
@@ -752,6 +753,23 @@ async def test_health_is_nginx_own(edge: Edge) -> None:
     assert (head.status, body) == (200, b"ok\n")
     assert edge.upstream.connections == 0
     assert edge.nginx.access_log() == ""
+
+
+def test_no_worker_can_be_held_up_by_a_socket(tmp_path: Path) -> None:
+    """None of them blocks, the listening one too: who comes second to a new connection goes on with those it has."""
+    nginx = start_nginx(tmp_path, "http://127.0.0.1:9")
+    try:
+        master = nginx.process.pid
+        workers = Path(f"/proc/{master}/task/{master}/children").read_text().split()
+        opened = [fd for pid in workers for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        sockets = [fd for fd in opened if fd.readlink().name.startswith("socket:")]
+        told = [(fd.parents[1] / "fdinfo" / fd.name).read_text() for fd in sockets]
+    finally:
+        stop(nginx)
+
+    assert len(workers) == 2
+    assert told
+    assert all(int(text.split("flags:")[1].split()[0], 8) & os.O_NONBLOCK for text in told)
 
 
 async def test_draining_lets_a_stream_end(edge: Edge) -> None:

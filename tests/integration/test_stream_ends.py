@@ -190,6 +190,40 @@ async def test_sigterm_lets_a_running_stream_finish(tmp_path: Path, principals: 
         assert status == 0
 
 
+async def test_sigterm_refuses_nobody_on_a_kept_connection(tmp_path: Path, principals: Principals) -> None:
+    """Up to the moment at which idle connections close, whoever asks on one is served."""
+
+    async def talk(line: Line) -> None:
+        while await line.request():
+            await line.write(answer(b"{}"))
+
+    async with proxy_before(talk, tmp_path, principals, PROXY_RATE_LIMIT="off") as (proxy, _), asyncio.timeout(30):
+        host, port = proxy.url.removeprefix("http://").split(":")
+        asked = f"GET /agent/ping HTTP/1.1\r\nHost: proxy\r\nAuthorization: Bearer {principals.token('alice')}\r\n\r\n"
+        kept = [await asyncio.open_connection(host, int(port)) for _ in range(200)]
+
+        async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+            writer.write(asked.encode())
+            try:
+                return (await reader.readuntil(b"}"))[:12]
+            except asyncio.IncompleteReadError as ended:
+                return ended.partial
+            except ConnectionError:
+                return b""
+
+        told = [await ask(*each) for each in kept]
+        proxy.process.send_signal(signal.SIGTERM)
+        for each in kept:
+            if told[-1]:
+                told.append(await ask(*each))
+                await asyncio.sleep(0.003)
+        for _, writer in kept:
+            writer.transport.abort()
+
+        assert set(told[:-1]) == {b"HTTP/1.1 200"}
+        assert told[-1] == b""
+
+
 async def test_the_grace_is_not_endless(tmp_path: Path, principals: Principals) -> None:
     """A stream that outlives the grace is cut, visibly, and the status is still 0."""
 

@@ -28,6 +28,7 @@ from tests.support.proxy import Proxy, start_proxy, stop_proxy
 AGENTS = [f"127.0.0.{number}" for number in range(2, 9)]
 PROXIES = [f"127.0.0.{number}" for number in range(9, 16)]
 GRACE = 60.0
+TOLD = 4000
 PRODUCTION = {
     "MODE": "production",
     "CORS_ALLOW_CREDENTIALS": "false",
@@ -110,6 +111,11 @@ class Installation:
             address: sum("POST /v1/graph/" in line for line in agent.log.read_text(errors="replace").splitlines())
             for address, agent in self.agents.items()
         }
+
+    def last_words(self) -> list[tuple[str, str]]:
+        """Give the end of every log, also of those that have ended."""
+        logs = [*self.directory.glob("*.log"), *self.directory.glob("*/std???")]
+        return [(str(log.relative_to(self.directory)), log.read_text(errors="replace")[-TOLD:]) for log in sorted(logs)]
 
     async def replace_agent(self, address: str) -> int:
         """Restart an agent and wait until it has work again; give the status with which the old one ended."""

@@ -67,6 +67,9 @@ def start_nginx(
     """
     # nginx takes over the bound socket (the way of its own binary upgrades): no other can get the port meanwhile.
     with socket.create_server(address, backlog=BACKLOG) as listener:
+        # nginx leaves a socket that it takes over as it is. In a blocking one a worker that comes second to a new
+        # connection would wait for the next, and answer nobody meanwhile.
+        listener.setblocking(False)
         host, port = listener.getsockname()
         config = write_config(
             directory, listen=f"{host}:{port}", upstream=upstream, deployed=deployed, resolver=resolver

@@ -24,7 +24,7 @@ from proxy.conversation import GOING_AWAY, IDLE, Conversation, Turn
 from proxy.credentials import BEARER_SUBPROTOCOL
 from proxy.ends import End
 from proxy.errors import ClientLeft, ClientProblem, CredentialInvalid, Problem, UpgradeRequired
-from proxy.forwarding import request_upstream, stop_upstream, trail_of
+from proxy.forwarding import request_upstream, stop_upstream
 from proxy.frames import bind_frame
 from proxy.framing import ErrorLines
 from proxy.model import RECORD, REPROVE, FlowRules, Lease, Principal, Receive, Record, Scope, Send, UpstreamRequest
@@ -126,7 +126,7 @@ class Duplex:
             except BaseException:
                 lease.release()
                 raise
-            stop = partial(stop_upstream, permit, self.identity.token, thread_id, trail_of(request))
+            stop = partial(stop_upstream, permit, self.identity.token, thread_id, request.headers)
             return bound, Turn(lease, record, self.runs, self.overload, thread_id=thread_id, stop=stop)
 
         rules, request_id = self.flow_rules, record.request_id.decode()

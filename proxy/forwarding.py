@@ -74,24 +74,24 @@ def request_upstream(
     return UpstreamRequest(permit.operation.method.encode(), target.encode(), tuple(sent), body)
 
 
-def trail_of(request: UpstreamRequest) -> tuple[tuple[bytes, bytes], ...]:
-    """Give the fields of a request that name it and its trace."""
-    return tuple(field for field in request.headers if field[0] in _OF_ONE_TRACE)
+def trail_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
+    """Give the fields that name a request and its trace."""
+    return tuple(field for field in headers if field[0] in _OF_ONE_TRACE)
 
 
 def stop_upstream(
-    permit: Permit, identity: Callable[[Principal], bytes], thread_id: str, trail: Iterable[tuple[bytes, bytes]]
+    permit: Permit, identity: Callable[[Principal], bytes], thread_id: str, headers: Iterable[tuple[bytes, bytes]]
 ) -> UpstreamRequest:
     """Build what asks the sidecar to stop a run: whoever may run may have his own run stopped, so its permit does.
 
-    It carries the `trail_of` the run's own request; `identity` makes a token anew.
+    It carries the trail of the run's own request, which had these `headers`; `identity` makes a token anew.
     """
     if permit.operation.kind not in (Kind.RUN, Kind.AG_UI, Kind.DUPLEX):
         raise ValueError("not the permit of a run")
     fields = (
         (b"authorization", b"Bearer " + identity(permit.principal)),
         (b"content-type", b"application/json"),
-        *trail,
+        *trail_of(headers),
     )
     body = pydantic_core.to_json({"thread_id": thread_id, "config": {}})
     return UpstreamRequest(b"POST", b"/v1/graph/stop", fields, body)

@@ -153,7 +153,8 @@ class Phases:
         streams = permit.operation.scope == STREAM
         form: Form = "ag-ui" if permit.operation.kind is Kind.AG_UI else "stream" if streams else "answer"
         spending = Spending(reader_for(form, asked=request.body), lease, record)
-        stop = partial(stop_upstream, permit, self.identity.token, thread_id, trail_of(request))
+        headers = trail_of(request.headers) if streams else request.headers  # a stream is open for long
+        stop = partial(stop_upstream, permit, self.identity.token, thread_id, headers)
         return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 
 

@@ -16,6 +16,8 @@ from typing import override
 
 import uvicorn
 
+from agent_service.listeners import UnixListener, address_of, bind_at, listen_on
+
 APP = "agentflow_cli.src.app.main:app"
 SETTLE_SECONDS = 0.25, 2.0
 """For requests that were on their way when the port closed to arrive: at least, and at most for one that does not."""
@@ -28,11 +30,13 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or ():
-            host, port = listener.getsockname()[:2]
-            print(f"running on http://{host}:{port}", flush=True)
+            print(f"running on {address_of(listener)}", flush=True)
 
     @override
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in sockets or ():
+            if isinstance(listener, UnixListener):
+                listener.unlink()
         accepted = [self._serve_accepted(each) for listener in sockets or () for each in _waiting(listener)]
         for server in self.servers:
             server.close()
@@ -76,17 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m agent_service.serve")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8001)
+    parser.add_argument("--uds", type=Path, metavar="PATH", help="a Unix socket instead, for this user and group alone")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("agentflow.json"))
     parser.add_argument("--grace", type=int, default=30, metavar="SECONDS")
     options = parser.parse_args(arguments)
     # As `agentflow api` does: the server reads the one, and imports the graph beside it.
     os.environ["GRAPH_PATH"] = str(options.config.resolve())
     sys.path.insert(0, str(options.config.resolve().parent))
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # uvicorn listens once the graph is ready. Until then this port refuses: a balancer would otherwise find that
-        # this agent has the fewest runs, and give it every new one to keep waiting.
-        listener.bind((options.host, options.port))
+    with listen_on(options.uds) if options.uds else bind_at(options.host, options.port) as listener:
         Server(uvicorn.Config(APP, timeout_graceful_shutdown=options.grace)).run(sockets=[listener])
 
 

@@ -20,11 +20,12 @@ from benchmarks.tokens import make_body, make_request, make_tokens
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A contender that answers: where, and its processes; `group` is None for the stub itself."""
+    """A contender that answers: where, and its processes; `group` is None for the stub, which has a `socket` too."""
 
     port: int
     launch: Launch
     group: Group | None
+    socket: Path | None = None
 
     def invokes(self, tokens: list[str] | None = None) -> list[bytes]:
         """Write one invoke for each caller."""
@@ -57,9 +58,10 @@ def stand_stub(directory: Path, core: int) -> Iterator[Standing]:
     os.sched_setaffinity(0, {core})
     port = find_ports(1)[0]
     with Group(core, directory / "stub.log") as group:
-        command = (sys.executable, "-m", "benchmarks.upstream", str(port))
+        path = directory / "stub.sock"
+        command = (sys.executable, "-m", "benchmarks.upstream", str(port), str(path))
         group.start(command, environment=plain_environment(PYTHONPATH=str(ROOT)), directory=directory)
-        standing = Standing(port, Launch("", ()), None)
+        standing = Standing(port, Launch("", ()), None, path)
         ready = until_ready(lambda: _answers(port, standing.invokes()[0], 200), seconds=20, alive=group.alive)
         if not asyncio.run(ready):
             raise RuntimeError("the stub did not start")
@@ -75,8 +77,9 @@ def stand(contender: Contender, ground: Ground, *, per_minute: int = NEVER) -> I
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
         ports = find_ports(3)
+        stub, spare = ground.stub, (ports[1], ports[2])
         launch = contender.prepare(
-            Place(directory, ports[0], ground.stub.port, (ports[1], ports[2]), ground.ours, per_minute)
+            Place(directory, ports[0], stub.port, spare, ground.ours, per_minute, upstream_socket=stub.socket)
         )
         with Group(ground.core, directory / "log") as group:
             for command in launch.commands:

@@ -1,6 +1,6 @@
 """A stand-in for the sidecar, far faster than any proxy: fixed invoke answers, paced or bursting event streams.
 
-Reads only what it needs to answer; never checks who asks. Run as `python -m benchmarks.upstream PORT`.
+Reads only what it needs to answer; never checks who asks. Run as `python -m benchmarks.upstream PORT [SOCKET]`.
 """
 
 import asyncio
@@ -161,11 +161,14 @@ class Stub(asyncio.Protocol):
             self.timer = self.loop.call_soon(self._send_event)
 
 
-async def serve(port: int) -> None:
-    """Listen on 127.0.0.1 until the process is stopped."""
-    server = await asyncio.get_running_loop().create_server(Stub, "127.0.0.1", port, backlog=4096)
+async def serve(port: int, path: str | None = None) -> None:
+    """Listen on 127.0.0.1, and on the Unix socket `path` too, until the process is stopped."""
+    loop = asyncio.get_running_loop()
+    if path is not None:
+        await loop.create_unix_server(Stub, path, backlog=4096)
+    server = await loop.create_server(Stub, "127.0.0.1", port, backlog=4096)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1])))
+    uvloop.run(serve(int(sys.argv[1]), *sys.argv[2:3]))

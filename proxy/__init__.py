@@ -18,7 +18,7 @@
 7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
                       the `handles` of the principal's files.
 8.  `forwarding`      writes the request that the sidecar will see, with the caller's internal identity.
-9.  `upstream`        sends it on a clean connection; `answers` reads what comes back, strictly.
+9.  `upstream`        sends it on a clean connection to the `origin`; `answers` reads what comes back, strictly.
 10. `relay`           passes the bytes on as they come, until either side ends it; a run's stream (`streams`) as lines
                       or as events (`framing`), as its client asked (`negotiation`). `usage` reads from them what the
                       run has used (of what is long, from its `outlines`), `tallies` add it up; `aguievents` keeps
@@ -36,6 +36,7 @@ of which `notices` tell every proxy.
 `exposition` serves them, for several workers from one `board`. `telemetry` begins what `telemetrysettings` ask for.
 `livecheck` asks everything that this proxy depends on how it is.
 `settings`, `tokensettings`, `limitsettings`, `flowsettings`, `exchangesettings` and `overloadsettings`, which
-`environment` reads and `reload` reads again, `app`, `openapi` (and its `docspage`), `server` (with `protocol`, and
-`workers` where there are several), `cli`, `limitcommands` and `dev` build the house and open the door.
+`environment` reads and `reload` reads again, `app` (with FastAPI's `application`), `openapi` (and its `docspage`),
+`server` (with `protocol`, its `outbox`, and `workers` where there are several), `cli`, `limitcommands` and `dev` build
+the house and open the door.
 """

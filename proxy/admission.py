@@ -8,18 +8,19 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager, nullcontext
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from proxy.leases import HeldLease, NoLease
 from proxy.limitsettings import LimitSettings, Without
 from proxy.localtier import LocalTier
 from proxy.model import Headers, Lease, Principal
 from proxy.operations import Operation
-from proxy.outages import LimitsUnavailable
+from proxy.outages import LimitsUnavailable, RedisDown
 from proxy.policies import Per, Plan, Policies, Strategy
-from proxy.redisclient import Courier, RedisDown
-from proxy.redistier import SharedTier
 from proxy.standings import Standing, fields_of, refusal
+
+if TYPE_CHECKING:
+    from proxy.redistier import SharedTier
 
 log: Final = logging.getLogger("agentflow_proxy.limits")
 SHADOW_SECONDS: Final = 10.0
@@ -39,7 +40,7 @@ class Limits:
         *,
         partition_of: Callable[[str], str],
         local: LocalTier,
-        shared: SharedTier | None = None,
+        shared: "SharedTier | None" = None,
         without: Without = "local",
         replicas: int = 1,
         workers: int = 1,
@@ -190,10 +191,13 @@ def limits_of(
     )
 
 
-def shared_tier(settings: LimitSettings, local: LocalTier) -> SharedTier | None:
+def shared_tier(settings: LimitSettings, local: LocalTier) -> "SharedTier | None":
     """Build the counts on Redis; None without one."""
     if settings.redis_url is None:
         return None
+    from proxy.redisclient import Courier  # noqa: PLC0415  only where there is Redis: its client is 9 MiB
+    from proxy.redistier import SharedTier  # noqa: PLC0415  as above
+
     return SharedTier(
         Courier(settings.redis_url.get_secret_value(), timeout=settings.redis_timeout_seconds),
         local,

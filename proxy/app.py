@@ -6,31 +6,27 @@ Only wiring; decides nothing, and does no work at import.
 import hmac
 import os
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from inspect import markcoroutinefunction
-from typing import Any, Final, override
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
-from fastapi.responses import HTMLResponse
 from starlette.routing import Route
 
-from proxy import docspage, openapi
 from proxy.accesslog import AccessLog
 from proxy.admission import Limits, limits_of
+from proxy.application import Proxy, show_page
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.duplex import Duplex, DuplexRules
 from proxy.filing import Filing
 from proxy.issuers import Issuer
-from proxy.jwks import Fetcher, FetchRules, RemoteKeys
 from proxy.keycache import KeyCache
-from proxy.keystore import SqlKeyStore
 from proxy.limits import RateLimit
 from proxy.metrics import Reading
-from proxy.model import Lifecycle, Receive, Scope, Send, Upstream
-from proxy.notices import Notices
+from proxy.model import Lifecycle, Upstream
 from proxy.observability import Observability
 from proxy.overload import Overload
 from proxy.places import Places
@@ -46,28 +42,11 @@ from proxy.tokens import InternalIdentity, TokenVerifier
 from proxy.uploads import UploadRules, Uploads
 from proxy.upstream import Pool
 
+if TYPE_CHECKING:
+    from proxy.keystore import SqlKeyStore
+
 _LAST_STOPS_SECONDS: Final = 2.0
 """How long an ending process tells the sidecar of runs that nobody will hear."""
-
-
-class Proxy(FastAPI):
-    """The FastAPI application, described by the operations table.
-
-    Goes straight to its middleware: FastAPI's own telemetry would ask the environment on every request, and
-    send what it finds wherever that says.
-    """
-
-    @override
-    @markcoroutinefunction  # whoever asks whether this is an ASGI 3 application looks for a coroutine function
-    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # type: ignore[override]
-        assert self.middleware_stack is not None  # noqa: S101  create_app sets it
-        scope["app"] = self
-        return self.middleware_stack(scope, receive, send)
-
-    @override
-    def openapi(self) -> dict[str, Any]:
-        """Give the OpenAPI document (FastAPI serves it)."""
-        return openapi.describe()
 
 
 def create_app(
@@ -85,7 +64,7 @@ def create_app(
     lifecycle = lifecycle or Lifecycle()
     telemetry = telemetry or Telemetry()
     upstream = upstream or make_pool(settings)
-    store = SqlKeyStore(settings.database_url.get_secret_value()) if settings.database_url is not None else None
+    store = _store(settings)
     keys = KeyCache(store, pinned=settings.api_keys, grace=settings.key_store_grace_seconds, clock=clock)
     shown = settings.docs
     app = Proxy(
@@ -104,7 +83,7 @@ def create_app(
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
     app.router.routes += [*health_routes(Live(), ready), *operations]
     if shown:
-        app.router.routes.append(Route("/docs", _show_page, include_in_schema=False))
+        app.router.routes.append(Route("/docs", show_page, include_in_schema=False))
     # Outermost first. FastAPI's own error middleware would answer before ours; its stack ends here.
     inner = CanonicalPaths(AsyncExitStackMiddleware(app.router), operations)
     door = Authentication(
@@ -130,10 +109,6 @@ def create_app(
     return app
 
 
-async def _show_page(_: Request) -> HTMLResponse:
-    return HTMLResponse(docspage.page(openapi.describe()), headers={"Content-Security-Policy": docspage.POLICY})
-
-
 def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: object) -> Iterable[Reading]:
     """Give the metrics that nobody counts."""
     yield "ready", (), lifecycle.ready
@@ -146,7 +121,7 @@ def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: 
 async def _background(
     settings: Settings,
     keys: KeyCache,
-    store: SqlKeyStore | None,
+    store: "SqlKeyStore | None",
     limits: Limits,
     overload: Overload,
     runs: Runs,
@@ -165,10 +140,21 @@ async def _background(
             await store.close()
 
 
+def _store(settings: Settings) -> "SqlKeyStore | None":
+    """Make the store of keys, where there is one."""
+    if settings.database_url is None:
+        return None
+    from proxy.keystore import SqlKeyStore  # noqa: PLC0415  what is not asked for is not imported: it is 50 MiB
+
+    return SqlKeyStore(settings.database_url.get_secret_value())
+
+
 def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
     """Hear of changed keys at once where there is Redis to hear it from."""
     if settings.redis_url is None:
         return nullcontext()
+    from proxy.notices import Notices  # noqa: PLC0415  as in `_store`
+
     return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
@@ -262,18 +248,24 @@ def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier |
         return None
     path = settings.revocations_file
     revocations = RevocationFile(path, clock=time.monotonic) if path is not None else None
+    fetched = _fetched_keys(settings) if any(issuer.url for issuer in issuers) else None
+
+    def keys_of(issuer: Issuer) -> KeySource:
+        return KnownKeys(issuer.keys) if fetched is None or issuer.url is None else fetched(issuer)
+
+    return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
+
+
+def _fetched_keys(settings: Settings) -> Callable[[Issuer], KeySource]:
+    from proxy.jwks import Fetcher, FetchRules, RemoteKeys  # noqa: PLC0415  as in `_store`
+
     rules = FetchRules(
         timeout=settings.jwks_timeout_seconds,
         cooldown=settings.jwks_cooldown_seconds,
         fresh=settings.jwks_refresh_seconds,
         stale=settings.jwks_stale_seconds,
     )
-    fetch = Fetcher(rules.timeout) if any(issuer.url for issuer in issuers) else None
-
-    def keys_of(issuer: Issuer) -> KeySource:
-        return KnownKeys(issuer.keys) if fetch is None or issuer.url is None else RemoteKeys(issuer, fetch, rules=rules)
-
-    return TokenVerifier([(issuer, keys_of(issuer)) for issuer in issuers], clock, revocations)
+    return partial(RemoteKeys, fetch=Fetcher(rules.timeout), rules=rules)
 
 
 def thread_secret(settings: Settings) -> bytes:

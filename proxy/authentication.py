@@ -124,15 +124,18 @@ class Authentication:
         credential = self._read(scope["headers"], record)
         principal = self._authenticator.recall(credential)
         if principal is None:
-            return self._prove_first(credential, scope, receive, send)
-        return self._let_in(principal, scope, receive, send)
+            return self._admit_proven(credential, record, scope, receive, send)
+        return self._admit(principal, record, scope, receive, send)
 
-    async def _prove_first(self, credential: Credential, scope: Scope, receive: Receive, send: Send) -> None:
-        principal = await self._prove(credential, scope[RECORD])
-        await self._let_in(principal, scope, receive, send)
+    async def _admit_proven(
+        self, credential: Credential, record: Record, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        principal = await self._prove(credential, record)
+        await self._admit(principal, record, scope, receive, send)
 
-    def _let_in(self, principal: Principal, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        record: Record = scope[RECORD]
+    def _admit(
+        self, principal: Principal, record: Record, scope: Scope, receive: Receive, send: Send
+    ) -> Awaitable[None]:
         if principal.key_id:
             self._audit.note_use(principal, record)
         record.principal = principal  # in the access line, whomever it acts for

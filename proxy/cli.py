@@ -14,22 +14,25 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from proxy import audit, dev, keycommands, limitcommands
+from proxy import audit, keycommands, limitcommands
 from proxy.board import Board
 from proxy.claims import MAX_SUBJECT_LENGTH
 from proxy.credentials import make_key, parse_key
 from proxy.environment import SettingsError, describe, describe_environment, load
 from proxy.keys import entry_text, parse_keys
-from proxy.livecheck import Finding, examine
 from proxy.logs import configure_logging, log_plainly
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.policies import Per, Quota, Unit
-from proxy.server import build, listen, require_schema
+from proxy.server import build, import_early, listen, require_schema
 from proxy.settings import Settings
 from proxy.telemetry import Share, listen_for_metrics
 from proxy.tokens import issue_token
 from proxy.workers import Supervisor
+
+if TYPE_CHECKING:
+    from proxy.livecheck import Finding
 
 _LIFETIME = re.compile(r"([1-9][0-9]{0,6})([smhd])")
 _SCOPES_HELP = f"separated by commas (all but {IMPERSONATE})"
@@ -74,6 +77,7 @@ def _supervise(settings: Settings, listener: socket.socket) -> int:
         counted = listen_for_metrics(settings) if settings.metrics_port is not None else None
     except OSError as error:
         return _refuse([f"PROXY_METRICS_HOST, PROXY_METRICS_PORT: cannot be used: {error.strerror}"])
+    import_early(settings)
     board = Board.create(settings.workers) if counted is not None else None
 
     def work(place: int, listener: socket.socket, started: Callable[[], None]) -> int:
@@ -114,13 +118,15 @@ def check(options: argparse.Namespace) -> int:
     if not options.json:
         _show(describe(settings))
     if options.live:
+        from proxy.livecheck import examine  # noqa: PLC0415  it knows every client there is; `serve` needs few
+
         return _tell(asyncio.run(examine(settings)), as_json=options.json)
     if settings.database_url is not None:
         require_schema(settings.database_url.get_secret_value())
     return 0
 
 
-def _tell(findings: Sequence[Finding], *, as_json: bool) -> int:
+def _tell(findings: "Sequence[Finding]", *, as_json: bool) -> int:
     """Print what was found; give 1 when something is wrong."""
     if as_json:
         _say(json.dumps({"findings": [asdict(finding) for finding in findings]}))
@@ -130,6 +136,13 @@ def _tell(findings: Sequence[Finding], *, as_json: bool) -> int:
         for finding in findings:
             _say(f"{finding.verdict:<8}{finding.dependency:<{width}}  {finding.sentence}")
     return int(any(finding.verdict == "wrong" for finding in findings))
+
+
+def develop(_: argparse.Namespace) -> int:
+    """Run a local agent and the proxy before it."""
+    from proxy import dev  # noqa: PLC0415  as above
+
+    return dev.run(os.environ)
 
 
 def operations(_: argparse.Namespace) -> int:
@@ -210,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="agentflow-proxy", description="The secure front door of an AgentFlow agent.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command, text in (
-        ("dev", lambda _: dev.run(os.environ), "run a local agent and the proxy before it"),
+        ("dev", develop, "run a local agent and the proxy before it"),
         ("operations", operations, "print what callers can reach"),
     ):
         commands.add_parser(name, help=text, description=text).set_defaults(command=command)

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from websockets.asyncio.client import ClientConnection
 from websockets.client import ClientProtocol
@@ -29,6 +28,7 @@ from proxy.frames import bind_frame
 from proxy.framing import ErrorLines
 from proxy.model import RECORD, REPROVE, FlowRules, Lease, Principal, Receive, Record, Scope, Send, UpstreamRequest
 from proxy.operations import Kind
+from proxy.origin import Origin
 from proxy.outages import (
     Draining,
     RunDeadline,
@@ -167,19 +167,16 @@ class Duplex:
     @asynccontextmanager
     async def _connected(self, request: UpstreamRequest) -> AsyncGenerator[ClientConnection]:
         """Open a WebSocket upstream; never by way of a proxy, and never where an answer might redirect to."""
-        parts = urlsplit(self.url)
+        origin = Origin.of(self.url)
         protocol = ClientProtocol(
-            parse_uri(f"ws://{parts.netloc}{request.target.decode()}"), max_size=MAX_MESSAGE_BYTES
+            parse_uri(f"ws://{origin.authority}{request.target.decode()}"), max_size=MAX_MESSAGE_BYTES
         )
         fields = [(name.decode(), value.decode("latin-1")) for name, value in request.headers]
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self.rules.connect):
-                _, upstream = await loop.create_connection(
+                _, upstream = await origin.connect(
                     # While a run goes on the sidecar may read nothing, and a ping would be left unanswered.
-                    lambda: ClientConnection(protocol, ping_interval=None, close_timeout=1),
-                    parts.hostname or "",
-                    parts.port or 80,
+                    lambda: ClientConnection(protocol, ping_interval=None, close_timeout=1)
                 )
         except TimeoutError as error:
             raise UpstreamDeadline(reason="connect") from error

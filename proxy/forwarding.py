@@ -79,6 +79,17 @@ def trail_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes
     return tuple(field for field in headers if field[0] in _OF_ONE_TRACE)
 
 
+def encode_request(request: UpstreamRequest, authority: bytes) -> bytes:
+    """Write a request, head and body, as HTTP/1.1 (RFC 9112 §3)."""
+    parts = [request.method, b" ", request.target, b" HTTP/1.1\r\nhost: ", authority]
+    for name, value in request.headers:
+        parts += (b"\r\n", name, b": ", value)
+    if request.body or request.method == b"POST":
+        parts.append(b"\r\ncontent-length: %d" % len(request.body))
+    parts += (b"\r\n\r\n", request.body)
+    return b"".join(parts)
+
+
 def stop_upstream(
     permit: Permit, identity: Callable[[Principal], bytes], thread_id: str, headers: Iterable[tuple[bytes, bytes]]
 ) -> UpstreamRequest:
@@ -114,9 +125,10 @@ def client_query(query: bytes, allowed: frozenset[str]) -> dict[str, str]:
 
 def connection_fields(headers: Headers) -> frozenset[bytes]:
     """Give the names that `Connection` declares to be for one hop only (RFC 9110 §7.6.1)."""
-    return frozenset(
-        token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")
-    )
+    declared = [value for name, value in headers if name == b"connection"]
+    if not declared:
+        return frozenset()
+    return frozenset(token.strip().lower() for value in declared for token in value.split(b","))
 
 
 def downstream_headers(headers: Headers, *, status: int = 200) -> Headers:

@@ -15,20 +15,22 @@ import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from proxy import audit
 from proxy.credentials import KeyParts, make_key, parse_key
 from proxy.environment import SettingsError, load_key_settings
 from proxy.keys import parse_import, read_entry
-from proxy.keystore import KeyRefusedError, SqlKeyStore
 from proxy.logs import JsonFormatter
-from proxy.notices import Notices
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.outages import KeyStoreDown
 from proxy.server import MIGRATE_FIRST, configure_audit
 from proxy.settings import KeySettings
-from proxy.storedkeys import StoredKey
+from proxy.storedkeys import KeyRefusedError, StoredKey
+
+if TYPE_CHECKING:
+    from proxy.keystore import SqlKeyStore
+    from proxy.notices import Notices
 
 PATIENCE: Final = 30.0
 DAY: Final = 86_400
@@ -70,13 +72,13 @@ def add_commands(
         parser.add_argument("--by", type=_person, default=_user(), help="who does it (the user of this system)")
 
 
-async def migrate(store: SqlKeyStore, _: argparse.Namespace, __: int) -> None:
+async def migrate(store: "SqlKeyStore", _: argparse.Namespace, __: int) -> None:
     """Bring the schema up to date."""
     await store.migrate()
     _say("The schema is up to date.")
 
 
-async def create(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
+async def create(store: "SqlKeyStore", options: argparse.Namespace, now: int) -> None:
     """Make a key and print it."""
     text, parts = _new_key()
     key = dataclasses.replace(
@@ -97,12 +99,12 @@ async def create(store: SqlKeyStore, options: argparse.Namespace, now: int) -> N
     _print_new(text, key, now, as_json=options.json)
 
 
-async def list_keys(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
+async def list_keys(store: "SqlKeyStore", options: argparse.Namespace, now: int) -> None:
     """Print the keys that work, or all."""
     _print([key for key in await store.all_keys() if options.all or not key.refusal_at(now)], now, as_json=options.json)
 
 
-async def show(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
+async def show(store: "SqlKeyStore", options: argparse.Namespace, now: int) -> None:
     """Print one key, or every one of a name, with all there is to know."""
     keys = await store.matching(options.key)
     if options.json:
@@ -112,7 +114,7 @@ async def show(store: SqlKeyStore, options: argparse.Namespace, now: int) -> Non
             _say("\n".join(f"{name:<12} {_plain(value)}" for name, value in _fields(key, now).items()) + "\n")
 
 
-async def revoke(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
+async def revoke(store: "SqlKeyStore", options: argparse.Namespace, now: int) -> None:
     """End what is named, those still in a grace included."""
     ended: list[StoredKey] = []
     # Again until none is left: a rotation may have made a successor since they were read, and makes none once they end.
@@ -124,7 +126,7 @@ async def revoke(store: SqlKeyStore, options: argparse.Namespace, now: int) -> N
     _print(ended, now, as_json=options.json)
 
 
-async def rotate(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
+async def rotate(store: "SqlKeyStore", options: argparse.Namespace, now: int) -> None:
     """Make a successor; old and new work until the grace ends."""
     current = [key for key in await store.matching(options.key) if key.replaced_by is None and key.revoked is None]
     if len(current) != 1:
@@ -147,7 +149,7 @@ async def rotate(store: SqlKeyStore, options: argparse.Namespace, now: int) -> N
     _print_new(text, new, now, as_json=options.json)
 
 
-async def import_keys(store: SqlKeyStore, options: argparse.Namespace, now: int) -> None:
+async def import_keys(store: "SqlKeyStore", options: argparse.Namespace, now: int) -> None:
     """Write the keys of a file; what is not in it stays."""
     text = options.file.read()
     keys = [dataclasses.replace(key, created=now, created_by=options.by) for key in parse_import(text)]
@@ -192,6 +194,8 @@ def _running(command: Command) -> Callable[[argparse.Namespace], int]:
 
 
 async def _perform(command: Command, settings: KeySettings, options: argparse.Namespace) -> None:
+    from proxy.keystore import SqlKeyStore  # noqa: PLC0415  `serve` knows these commands too, without a database
+
     try:
         store = SqlKeyStore(settings.database_url.get_secret_value(), patience=PATIENCE)
     except ValueError as error:
@@ -203,12 +207,14 @@ async def _perform(command: Command, settings: KeySettings, options: argparse.Na
             await command(store, options, int(time.time()))
         finally:  # what failed may have changed something before
             if command in _CHANGING and settings.redis_url is not None:
+                from proxy.notices import Notices  # noqa: PLC0415  as above, without Redis
+
                 await _announce(Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix))
     finally:
         await store.close()
 
 
-async def _announce(notices: Notices) -> None:
+async def _announce(notices: "Notices") -> None:
     """Have every proxy see at once what was done. They will see it anyway, so nothing fails here."""
     try:
         if failure := await notices.announce():

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from proxy.migrations import is_at_head, upgrade
 from proxy.outages import KeyStoreDown
-from proxy.storedkeys import StoredKey
+from proxy.storedkeys import KeyRefusedError, StoredKey
 
 ANSWER_SECONDS: Final = 1.5
 """How long one answer to a serving process may take; with the time between polls it bounds a revocation."""
@@ -52,10 +52,6 @@ KEYS: Final = sql.Table(
 )
 _CHANGEABLE: Final = ("name", "scopes", "tier", "rate", "expires")
 CHANGES: Final = sql.Table("key_changes", METADATA, sql.Column("number", sql.BigInteger, nullable=False))
-
-
-class KeyRefusedError(Exception):
-    """A command asked for what cannot be; its text is a sentence for people."""
 
 
 class SqlKeyStore:

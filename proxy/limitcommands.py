@@ -8,17 +8,19 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from proxy.admission import Limits, shared_tier
 from proxy.app import thread_secret
 from proxy.environment import SettingsError, load
 from proxy.localtier import LocalTier
 from proxy.operations import OPERATIONS
+from proxy.outages import RedisDown
 from proxy.policies import Plan, Unit, plan_of
-from proxy.redisclient import RedisDown
-from proxy.redistier import SharedTier
 from proxy.tenancy import tag_of
+
+if TYPE_CHECKING:
+    from proxy.redistier import SharedTier
 
 _WHOM = "key:ID of an API key, jwt:SUB of a token with PROXY_JWT_ISSUER, jwt:ISSUER SUB (one argument) of another's"
 
@@ -44,7 +46,7 @@ def add_commands(commands: Any) -> None:  # noqa: ANN401  argparse's own type ha
 def show(options: argparse.Namespace) -> int:
     """Print one line for each policy and window."""
 
-    async def shown(tier: SharedTier, plan: Plan, keys: list[str]) -> list[dict[str, object]]:
+    async def shown(tier: "SharedTier", plan: Plan, keys: list[str]) -> list[dict[str, object]]:
         standings = await tier.peek(plan, keys) if keys else []
         return [
             {
@@ -76,7 +78,7 @@ def show(options: argparse.Namespace) -> int:
 def reset(options: argparse.Namespace) -> int:
     """Forget the principal's own counts, and print of how many quotas there were any."""
 
-    async def forgotten(tier: SharedTier, plan: Plan, keys: list[str]) -> int:
+    async def forgotten(tier: "SharedTier", plan: Plan, keys: list[str]) -> int:
         own = [
             key
             for quota, key in zip(plan.quotas, keys, strict=True)
@@ -90,7 +92,7 @@ def reset(options: argparse.Namespace) -> int:
 
 
 def _on_redis[Result](
-    options: argparse.Namespace, act: Callable[[SharedTier, Plan, list[str]], Awaitable[Result]]
+    options: argparse.Namespace, act: Callable[["SharedTier", Plan, list[str]], Awaitable[Result]]
 ) -> Result:
     """Do something with every quota of the principal, whatever it calls. Raises SettingsError."""
     settings = load(os.environ)

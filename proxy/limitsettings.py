@@ -22,7 +22,6 @@ from pydantic import (
 
 from proxy.operations import OPERATIONS
 from proxy.policies import MOST_MOMENTS, RUNS, Per, Policies, Policy, Rate, Strategy, Unit, least_of
-from proxy.redisclient import connect
 
 LONGEST_WINDOW: Final = 366 * 86_400
 _LONGEST_OWN: Final = 9_999 * 86_400
@@ -78,6 +77,8 @@ def _is_count(value: object) -> object:
 
 def _is_redis(value: object) -> object:
     if isinstance(value, str):
+        from proxy.redisclient import connect  # noqa: PLC0415  only where there is Redis: its client is 9 MiB
+
         connect(value)
     return value
 

@@ -20,6 +20,7 @@ from proxy.jwks import DocumentError, Fetcher, RemoteKeys
 from proxy.keystore import SqlKeyStore
 from proxy.model import CredentialKind, Principal
 from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS, Kind
+from proxy.origin import Origin
 from proxy.outages import KeyStoreDown
 from proxy.redisclient import connect, reason_of
 from proxy.settings import Settings
@@ -75,11 +76,17 @@ async def _patiently(name: str, ask: Callable[[], Awaitable[list[Finding]]]) -> 
 @asynccontextmanager
 async def _client(url: str) -> AsyncGenerator[httpx.AsyncClient]:
     """Give a client whose failures are sentences."""
+    origin = Origin.of(url) if url.startswith("http+unix:") else None
+    wire = httpx.AsyncHTTPTransport(uds=origin.path, trust_env=False) if origin is not None else None
+    base = f"http://{origin.authority}" if origin is not None else url
     try:
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=PATIENCE_SECONDS) as client:
+        async with httpx.AsyncClient(
+            base_url=base, transport=wire, trust_env=False, timeout=PATIENCE_SECONDS
+        ) as client:
             yield client
     except httpx.ConnectError as error:
-        raise Unanswered(f"nobody listens at {url}, or its name leads nowhere") from error
+        why = "its name leads nowhere" if origin is None else "this user may not connect there"
+        raise Unanswered(f"nobody listens at {url}, or {why}") from error
     except httpx.HTTPError as error:
         raise Unanswered(f"does not speak HTTP as expected at {url}: {type(error).__name__}") from error
 

@@ -123,10 +123,14 @@ class Metrics:
                 self._count("runs", operation, end, by=count)
 
     def _count_usage(self, operation: str, usage: Usage, turns: int) -> None:
-        estimated = "true" if usage.estimated else "false"
-        self._count("model_tokens", operation, "input", estimated, by=usage.input_tokens)
-        self._count("model_tokens", operation, "output", estimated, by=usage.output_tokens)
-        self._count("turns", operation, by=turns)
+        counts, estimated = self._counts, "true" if usage.estimated else "false"
+        read, written = (
+            ("model_tokens", operation, "input", estimated),
+            ("model_tokens", operation, "output", estimated),
+        )
+        counts[read] = counts.get(read, 0) + usage.input_tokens
+        counts[written] = counts.get(written, 0) + usage.output_tokens
+        counts["turns", operation] = counts.get(("turns", operation), 0) + turns
 
     def _settle(self) -> None:
         """Count what the runs have used that went on without their clients, and are over."""

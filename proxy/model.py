@@ -167,6 +167,8 @@ RECORD: Final = "agentflow_proxy.record"
 """The key of a request's Record in its ASGI scope."""
 REPROVE: Final = "agentflow_proxy.reprove"
 """The key, in a WebSocket's ASGI scope, of a coroutine function that proves its credential again."""
+BODY_FOLLOWS: Final = "agentflow_proxy.body_follows"
+"""A key of the message that begins an answer: its body, or some of it, is sent next, with nothing awaited between."""
 DRAIN: Final = "agentflow_proxy.drain"
 """The type of the message, in a WebSocket's ASGI channel, that says the process is to end."""
 
@@ -234,6 +236,10 @@ class Exchange(Protocol):
     @property
     def headers(self) -> Headers:
         """The head's fields, names in lower case."""
+
+    @property
+    def has_body(self) -> bool:
+        """Whether `read` would not wait: some of the body has come, or its end."""
 
     @property
     def ended(self) -> bool:

@@ -16,7 +16,7 @@ from proxy.ends import End
 from proxy.errors import ClientProblem, MethodNotAllowed, NotFound, Problem
 from proxy.forwarding import request_id_of
 from proxy.logs import place_of
-from proxy.model import RECORD, App, Headers, Message, Receive, Record, Scope, Send, Watcher
+from proxy.model import BODY_FOLLOWS, RECORD, App, Headers, Message, Receive, Record, Scope, Send, Watcher
 from proxy.outages import Draining
 
 error_log: Final = logging.getLogger("agentflow_proxy.error")
@@ -60,7 +60,7 @@ class Observability:
         record = scope[RECORD] = Record(request_id, self._clock(), address, scope["method"], scope["path"])
         self._begin(record, headers)
 
-        async def observed(message: Message) -> None:
+        def observed(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
                 message["headers"] = [
@@ -75,7 +75,7 @@ class Observability:
             elif message["type"] == "websocket.accept":
                 record.status = 101
                 message["headers"] = [(b"x-request-id", request_id), *record.answer_fields]
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, observed)
@@ -131,7 +131,8 @@ class Observability:
         body = problem.body(instance=shortened(record.path), request_id=record.request_id.decode())
         head = [(b"content-type", b"application/problem+json"), (b"content-length", b"%d" % len(body))]
         head.append((b"cache-control", b"no-store"))
-        await send({"type": "http.response.start", "status": problem.status, "headers": head + own})
+        start = {"type": "http.response.start", "status": problem.status, "headers": head + own, BODY_FOLLOWS: True}
+        await send(start)
         await send({"type": "http.response.body", "body": body, "more_body": False})
 
 

@@ -77,6 +77,18 @@ class LimitsUnavailable(Unavailable):
     title = "Limits cannot be counted now"
 
 
+class RedisDown(Exception):  # noqa: N818  a state, not a mistake
+    """Redis did not do what was asked, or not in time: `reason`; no problem yet, but for `admission` to meet.
+
+    `answered`: it said so itself, and will again.
+    """
+
+    def __init__(self, reason: str, *, answered: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.answered = answered
+
+
 class UpstreamProblem(Problem):
     """The sidecar was at fault."""
 

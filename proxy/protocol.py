@@ -5,6 +5,7 @@ mean.
 """
 
 import asyncio
+import math
 import select
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -12,7 +13,6 @@ from functools import cache
 from typing import Any, Final, cast, override
 
 import pydantic_core
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers as Fields
@@ -22,6 +22,7 @@ from websockets.server import ServerProtocol
 
 from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
+from proxy.outbox import Flow, Outbox, Signal
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
 _SWITCHING: Final = 101
@@ -32,41 +33,6 @@ _ANNOUNCE_A_BODY: Final = frozenset({b"content-length", b"transfer-encoding"})
 
 class RefusedError(Exception):
     """Raised inside the parser to stop it; uvicorn then calls `send_400_response`."""
-
-
-class Signal:
-    """An `asyncio.Event` for one task that waits. That one's deque takes 760 bytes of every open stream."""
-
-    __slots__ = ("_is_set", "_waiter")
-
-    def __init__(self) -> None:
-        self._is_set = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def set(self) -> None:
-        """Let the task go on, now or when it comes to wait."""
-        self._is_set = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def clear(self) -> None:
-        """Have it wait again."""
-        self._is_set = False
-
-    async def wait(self) -> None:
-        """Wait until it is set."""
-        if not self._is_set:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-
-class Flow(FlowControl):
-    """uvicorn's flow control, with a `Signal`."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self.read_paused = self.write_paused = False
-        self._is_writable_event = cast("asyncio.Event", Signal())
 
 
 class CycleInbox(Inbox):
@@ -136,6 +102,14 @@ def _no_pipeline() -> deque[Any]:
     return deque()
 
 
+@cache
+def _done(loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+    """Give what every answer of this loop awaits when there is nothing to wait for."""
+    future: asyncio.Future[None] = loop.create_future()
+    future.set_result(None)
+    return future
+
+
 class OneAtATime(Leaving, HttpToolsProtocol):
     """One request on a connection at a time.
 
@@ -145,9 +119,9 @@ class OneAtATime(Leaving, HttpToolsProtocol):
 
     # uvicorn's attributes too: there are more than 30, and a dict of so many takes 1,600 bytes of every connection.
     __slots__ = (
-        "_inbox", "_note_refusal", "access_log", "access_logger", "app", "app_state", "asgi_version", "client",
-        "config", "connections", "cycle", "expect_100_continue", "flow", "headers", "limit_concurrency", "logger",
-        "loop", "parser", "pipeline", "root_path", "scheme", "scope", "server", "server_state", "tasks",
+        "_inbox", "_kept_since", "_note_refusal", "access_log", "access_logger", "app", "app_state", "asgi_version",
+        "client", "config", "connections", "cycle", "expect_100_continue", "flow", "headers", "limit_concurrency",
+        "logger", "loop", "parser", "pipeline", "root_path", "scheme", "scope", "server", "server_state", "tasks",
         "timeout_keep_alive", "timeout_keep_alive_task", "transport", "url", "ws_protocol_class",
     )  # fmt: skip
 
@@ -155,6 +129,7 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
         self._inbox: CycleInbox | None = None
+        self._kept_since = math.inf
         self.pipeline = _no_pipeline()
 
     @override
@@ -177,17 +152,48 @@ class OneAtATime(Leaving, HttpToolsProtocol):
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         inbox = self._inbox = CycleInbox(cycle)
+        outbox = Outbox(cycle, _done(self.loop))
 
-        def with_inbox(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # noqa: ARG001  ours instead
-            return cast("App", app)(scope, inbox, send)
+        def with_ours(scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:  # noqa: ARG001  ours instead
+            return cast("App", app)(scope, inbox, outbox)
 
-        super()._start_asgi_task(cycle, with_inbox)  # type: ignore[arg-type]  # uvicorn's types name every message
+        super()._start_asgi_task(cycle, with_ours)  # type: ignore[arg-type]  # uvicorn's types name every message
 
     @override
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         if self._inbox is not None:
             self._inbox.tell_left()
+
+    # The timer of a kept connection goes on from one request to the next: to set one anew for each costs more.
+
+    @override
+    def _unset_keepalive_if_required(self) -> None:
+        self._kept_since = math.inf
+
+    @override
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        self._kept_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_at(self._kept_since + self.timeout_keep_alive)
+
+    @override
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        due = self._kept_since + self.timeout_keep_alive
+        if self.loop.time() >= due:
+            self.transport.close()
+        elif due < math.inf:  # else a request is here, whose answer's end sets the timer
+            self._look_at(due)
+
+    def _look_at(self, due: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_at(due, self.timeout_keep_alive_handler)
 
     @override
     def _should_upgrade(self) -> bool:

@@ -19,19 +19,12 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
+from proxy.outages import RedisDown
+
 MOST_AT_ONCE: Final = 200
 CONNECT_SECONDS: Final = 1.0
 _ONE_MORE_TURN: Final = 0.001
 FORMS: Final = "redis://, rediss://, unix://, redis+sentinel://host:port,…/service or redis+cluster://host:port,…"
-
-
-class RedisDown(Exception):  # noqa: N818  a state, not a mistake
-    """Redis did not do what was asked, or not in time: `reason`. `answered`: it said so itself, and will again."""
-
-    def __init__(self, reason: str, *, answered: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.answered = answered
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,9 @@ from typing import Final
 
 from proxy.debts import MOST_OWED, Debts
 from proxy.localtier import LocalTier
+from proxy.outages import RedisDown
 from proxy.policies import Plan, Policies, Quota, Strategy, Unit
-from proxy.redisclient import Courier, RedisDown, Script, read_script
+from proxy.redisclient import Courier, Script, read_script
 from proxy.standings import MICROSECONDS, Standing, standing_at
 
 log: Final = logging.getLogger("agentflow_proxy.limits")

@@ -11,7 +11,20 @@ from typing import Final
 from proxy.ends import End
 from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft, Problem
 from proxy.forwarding import downstream_headers
-from proxy.model import Deadlines, Exchange, FlowRules, Headers, Inbox, Lease, Receive, Send, Upstream, UpstreamRequest
+from proxy.model import (
+    BODY_FOLLOWS,
+    Deadlines,
+    Exchange,
+    FlowRules,
+    Headers,
+    Inbox,
+    Lease,
+    Message,
+    Receive,
+    Send,
+    Upstream,
+    UpstreamRequest,
+)
 from proxy.outages import RunDeadline, UpstreamMalformed, require_trust
 from proxy.runs import Run, Runs, Spending
 from proxy.streams import Stream
@@ -154,7 +167,8 @@ class Relay:
                 try:
                     await _pass(exchange, send)
                 finally:
-                    exchange.abandon(ClientLeft())
+                    if not exchange.ended:
+                        exchange.abandon(ClientLeft())
         finally:
             lease.release()
 
@@ -188,7 +202,7 @@ class Relay:
         finally:
             self.runs.end(run)
             if not kept:
-                if exchange is not None:
+                if exchange is not None and not exchange.ended:
                     exchange.abandon(ClientLeft())
                 lease.release()
                 run.spending.settle()
@@ -215,7 +229,10 @@ async def _pass(exchange: Exchange, send: Send, spending: Spending | None = None
     await exchange.head()
     require_trust(exchange.status)
     head = downstream_headers(exchange.headers, status=exchange.status)
-    await send({"type": "http.response.start", "status": exchange.status, "headers": head})
+    start: Message = {"type": "http.response.start", "status": exchange.status, "headers": head}
+    if exchange.has_body:
+        start[BODY_FOLLOWS] = True
+    await send(start)
     while not exchange.ended:
         body = await exchange.read()
         if spending is not None:

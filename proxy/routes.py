@@ -18,6 +18,7 @@ from proxy.errors import MethodNotAllowed, NotFound
 from proxy.forwarding import client_query, request_upstream, stop_upstream, trail_of
 from proxy.listing import Gathering, encode_listing, page_of, select
 from proxy.model import (
+    BODY_FOLLOWS,
     RECORD,
     App,
     Deadlines,
@@ -288,5 +289,5 @@ def health_routes(live: Live, ready: Ready) -> list[Route]:
 async def _respond(send: Send, status: int, body: bytes) -> None:
     head = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     head.append((b"cache-control", b"no-store"))
-    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.start", "status": status, "headers": head, BODY_FOLLOWS: True})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -5,6 +5,7 @@ Knows nothing of requests; ends with status 0 after SIGTERM or SIGINT, answers f
 
 import asyncio
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -22,7 +23,6 @@ import uvicorn
 from proxy import audit
 from proxy.app import create_app, make_pool
 from proxy.environment import SettingsError
-from proxy.keystore import SqlKeyStore
 from proxy.logs import BackgroundHandler, JsonFormatter, set_level
 from proxy.model import Lifecycle
 from proxy.outages import KeyStoreDown
@@ -218,6 +218,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def require_schema(url: str) -> None:
     """Raise SettingsError unless the key store at `url` answers and has the schema that this version reads."""
+    from proxy.keystore import SqlKeyStore  # noqa: PLC0415  only where there is a database: SQLAlchemy is 50 MiB
 
     async def ask() -> bool:
         store = SqlKeyStore(url)
@@ -234,6 +235,14 @@ def require_schema(url: str) -> None:
         raise SettingsError([f"PROXY_DATABASE_URL: the database does not answer: {problem.reason}"]) from problem
     if not migrated:
         raise SettingsError([MIGRATE_FIRST])
+
+
+def import_early(settings: Settings) -> None:
+    """Import now what these settings ask for: a supervisor's workers share the memory of what it has imported."""
+    asked = ("keystore", settings.database_url), ("redistier", settings.redis_url), ("traces", settings.otlp_url)
+    for name, setting in (*asked, ("exposition", settings.metrics_port)):
+        if setting is not None:
+            importlib.import_module(f"proxy.{name}")
 
 
 def build(

@@ -1,10 +1,8 @@
 """What an operator can set, with each setting's default and what is wrong with a value; `environment` reads them."""
 
 import re
-from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Final, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -21,13 +19,13 @@ from proxy.issuers import MIN_SECRET_BYTES, SHORT_SECRET
 from proxy.keys import parse_keys
 from proxy.limitsettings import LimitSettings, RedisUrl
 from proxy.model import Deadlines
+from proxy.origin import Origin
 from proxy.overloadsettings import OverloadSettings
 from proxy.publickeys import shared_key
 from proxy.storedkeys import StoredKey
 from proxy.telemetrysettings import TelemetrySettings
 from proxy.tokensettings import Seconds, TokenSettings
 
-_ORIGIN: Final = re.compile(r"http://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5}/?", re.ASCII)
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 
@@ -39,15 +37,6 @@ def _secret(value: object) -> object:
     if isinstance(value, str):
         shared_key(value)  # the first use would say so too, but that is a request
     return value
-
-
-def _is_reachable(url: str) -> bool:
-    """Say whether a URL has a port that exists and, where its host is in brackets, an IPv6 address there."""
-    try:
-        parts = urlsplit(url)
-        return bool(parts.port) and (":" not in (parts.hostname or "") or bool(IPv6Address(parts.hostname or "")))
-    except ValueError:
-        return False
 
 
 def _database_url(value: object) -> object:
@@ -65,7 +54,9 @@ class Settings(LimitSettings, FlowSettings, ExchangeSettings, OverloadSettings, 
 
     host: Annotated[str, Field(description="address to listen on")] = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535, description="port to listen on; 0: a free one")] = 8000
-    agent_url: Annotated[str, Field(description="where the sidecar listens")] = "http://127.0.0.1:8001"
+    agent_url: Annotated[str, Field(description="where the sidecar listens; http+unix:///path: a Unix socket")] = (
+        "http://127.0.0.1:8001"
+    )
     agent_secret: Annotated[Secret, Field(description="signs the internal token; the sidecar's JWT_SECRET_KEY")]
     agent_issuer: Annotated[
         str | None, Field(min_length=1, description="the internal token's iss; the sidecar's JWT_ISSUER")
@@ -116,8 +107,7 @@ class Settings(LimitSettings, FlowSettings, ExchangeSettings, OverloadSettings, 
     @field_validator("agent_url")
     @classmethod
     def _is_origin(cls, value: str) -> str:
-        if _ORIGIN.fullmatch(value) is None or not _is_reachable(value):
-            raise ValueError("must be http://host:port, without a path")
+        Origin.of(value)
         return value.rstrip("/")
 
     @field_validator("api_keys", mode="before")

@@ -54,3 +54,7 @@ class KeyStore(Protocol):
 
     async def note_uses(self, uses: Mapping[str, int]) -> None:
         """Write when keys were last used (Unix seconds by id); an earlier time than the stored one changes nothing."""
+
+
+class KeyRefusedError(Exception):
+    """A command asked for what cannot be; its text is a sentence for people."""

@@ -190,9 +190,9 @@ class Stream:
 
 def _send_now(send: Send, message: Message) -> None:
     """Send to a client that reads: nothing is waited for, so it can be done outside of any task."""
-    sending: Any = send(message)
+    sending = send(message).__await__()
     try:
-        sending.send(None)
+        next(sending)
     except StopIteration:
         return
     raise RuntimeError("the server waits, and said it would not")

@@ -52,18 +52,18 @@ class Tally:
         """Take in a message, of whatever role, whole or not."""
         text, whole = _text_bytes(message), message.get("delta") is not True
         if message.get("role") == "assistant":
-            reported = _reported(message.get("usages"), "prompt_tokens", "completion_tokens")
-            if reported is None and not whole:
+            told = reported(message.get("usages"))
+            if told is None and not whole:
                 self.add_delta(message_id, text)
                 return
             if whole:
                 self._open = None  # it stands for the deltas before it, whatever id they had
             known = self._known.get(message_id)
             again = known is not None and known[1] < 0
-            if reported is None and known is not None and (again or not known[0].estimated):
-                reported = known[0]
+            if told is None and known is not None and (again or not known[0].estimated):
+                told = known[0]
             self.turns += whole and not again
-            self._put(message_id, reported or self._estimate(text), -1 if whole else 0)
+            self._put(message_id, told or self._estimate(text), -1 if whole else 0)
             if again:
                 return
         if whole:
@@ -81,7 +81,7 @@ class Tally:
 
     def set_totals(self, data: dict[str, Any]) -> None:
         """Take in the sidecar's own sum over the run."""
-        self._totals = _reported(data, "total_input_tokens", "total_output_tokens")
+        self._totals = reported(data, "total_input_tokens", "total_output_tokens")
 
     def usage(self) -> Usage | None:
         """Give the sum so far; None while there is nothing to sum."""
@@ -124,7 +124,7 @@ def _moved(figures: _Sum, old: Usage | None, new: Usage | None) -> _Sum:
     return figures
 
 
-def _reported(value: object, read: str, written: str) -> Usage | None:
+def reported(value: object, read: str = "prompt_tokens", written: str = "completion_tokens") -> Usage | None:
     """Read reported figures; None where there are none, also when all are 0, which AgentFlow writes for unknown."""
     if not isinstance(value, dict):
         return None

@@ -277,7 +277,7 @@ def encode_object(value: dict[str, Any]) -> bytes:
     """Write a bound object. Raises BodyInvalid for a number that JSON cannot carry on."""
     encoded = pydantic_core.to_json(value)
     # A number too large for a double was read as infinite, which JSON cannot carry on.
-    if b"Infinity" in encoded and not is_finite(value):
+    if b"I" in encoded and b"Infinity" in encoded and not is_finite(value):  # one letter is found at once
         raise BodyInvalid("The body holds a number that is too large.")
     return encoded
 

@@ -7,12 +7,12 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
-from urllib.parse import urlsplit
+from typing import Final, cast
 
 from proxy.answers import Answer
 from proxy.errors import BodyTimeout, BodyTooLarge, BodyUnsupported, ClientLeft
 from proxy.model import Headers, Receive, UpstreamRequest
+from proxy.origin import Origin
 from proxy.outages import (
     UpstreamCut,
     UpstreamDeadline,
@@ -57,10 +57,10 @@ class Uploads:
         `headers` are the client's. Raises BodyUnsupported, BodyTooLarge (by the announced length already),
         BodyTimeout, ClientLeft, RateExceeded or PoolExhausted (see `places`) or an UpstreamProblem.
         """
-        framing = self._framing(headers)
+        framing, origin = self._framing(headers), Origin.of(self.url)
         with self.places.one(caller):
-            async with self._connected() as (reader, writer):
-                writer.write(_head(request, urlsplit(self.url).netloc.encode(), framing))
+            async with self._connected(origin) as (reader, writer):
+                writer.write(_head(request, origin.authority.encode(), framing))
                 chunked = (b"transfer-encoding", b"chunked") in framing
                 return await self._exchange(reader, writer, receive, chunked=chunked)
 
@@ -75,15 +75,17 @@ class Uploads:
         return [*framing, (b"content-length", announced[0])]
 
     @asynccontextmanager
-    async def _connected(self) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        parts = urlsplit(self.url)
+    async def _connected(self, origin: Origin) -> AsyncGenerator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+        reader = asyncio.StreamReader(limit=_READ_BYTES)
         try:
             async with asyncio.timeout(self.rules.connect):
-                reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, limit=_READ_BYTES)
+                transport, protocol = await origin.connect(lambda: asyncio.StreamReaderProtocol(reader))
         except TimeoutError as error:
             raise UpstreamDeadline(reason="connect") from error
         except OSError as error:
             raise UpstreamProblem(reason=type(error).__name__) from error
+        loop = asyncio.get_running_loop()
+        writer = asyncio.StreamWriter(cast("asyncio.WriteTransport", transport), protocol, reader, loop)
         writer.transport.set_write_buffer_limits(high=_MAX_WAITING_BYTES)
         try:
             yield reader, writer

@@ -8,10 +8,11 @@ import select
 from collections import deque
 from collections.abc import Callable
 from typing import Final, cast
-from urllib.parse import urlsplit
 
 from proxy.answers import Answer
+from proxy.forwarding import encode_request
 from proxy.model import Deadlines, Headers, Outlet, UpstreamRequest
+from proxy.origin import Origin
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamProblem
 
 MAX_WAITING_BYTES: Final = 65_536
@@ -110,6 +111,11 @@ class PooledExchange:
     def headers(self) -> Headers:
         """See `model.Exchange.headers`."""
         return self._answer.headers
+
+    @property
+    def has_body(self) -> bool:
+        """See `model.Exchange.has_body`."""
+        return self._answer.waiting > 0 or self._answer.complete
 
     async def head(self) -> bool:
         """See `model.Exchange.head`."""
@@ -213,9 +219,8 @@ class Pool:
     """Connections to one origin, the last used first. Implements `model.Upstream`."""
 
     def __init__(self, url: str, *, most: int, most_idle: int, idle_seconds: float) -> None:
-        parts = urlsplit(url)
-        self._host, self._port = parts.hostname or "", parts.port or 80
-        self._authority = parts.netloc.encode()
+        self._origin = Origin.of(url)
+        self._authority = self._origin.authority.encode()
         self._most = most
         self._most_idle = most_idle
         self._idle_seconds = idle_seconds
@@ -248,12 +253,9 @@ class Pool:
         if self.open >= self._most:
             raise PoolExhausted
         self.open += 1
-        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(seconds):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self._give_back), self._host, self._port
-                )
+                _, connection = await self._origin.connect(lambda: Connection(self._give_back))
         except BaseException as error:
             self.open -= 1
             if isinstance(error, TimeoutError):
@@ -288,13 +290,3 @@ class Pool:
     def _discard(self, connection: Connection) -> None:
         connection.close()
         self.open -= 1
-
-
-def encode_request(request: UpstreamRequest, authority: bytes) -> bytes:
-    """Write a request, head and body, as HTTP/1.1 (RFC 9112 §3)."""
-    lines = [b"%b %b HTTP/1.1\r\nhost: %b\r\n" % (request.method, request.target, authority)]
-    lines += [b"%b: %b\r\n" % field for field in request.headers]
-    if request.body or request.method == b"POST":
-        lines.append(b"content-length: %d\r\n" % len(request.body))
-    lines += (b"\r\n", request.body)
-    return b"".join(lines)

@@ -5,13 +5,13 @@ not parsed. What the sidecar does not report is estimated from the bytes of text
 """
 
 import re
-from typing import Final, Literal, Protocol, override
+from typing import Any, Final, Literal, Protocol, override
 
 import pydantic_core
 
 from proxy.model import Usage
 from proxy.outlines import HELD_BYTES, Outline
-from proxy.tallies import Tally, json_bytes
+from proxy.tallies import Tally, json_bytes, reported
 
 _HEAD: Final = 256
 """Where in a line its message's role stands, at the latest."""
@@ -94,6 +94,8 @@ class AnswerReader:
         try:
             answer = pydantic_core.from_json(self._outline.held, allow_partial=True)
             data = answer["data"]
+            if not self._outline.outlined and (told := self._reported(data["messages"])) is not None:
+                return told
             for number, message in enumerate(data["messages"]):
                 tally.add_message(pydantic_core.to_json(message.get("message_id", number)), message)
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -104,6 +106,25 @@ class AnswerReader:
             tally.add_unread(b"beyond", self._outline.beyond)
         self.turns = tally.turns
         return tally.usage()
+
+    def _reported(self, messages: list[dict[str, Any]]) -> Usage | None:
+        """Give the sum where each message of the assistant came once, whole, and told what it used.
+
+        That is what a provider's answers do; then nobody asks how much text there is.
+        """
+        names: set[str] = set()
+        read = written = total = 0
+        for message in messages:
+            if message.get("role") == "assistant":
+                name, usage = message.get("message_id"), reported(message.get("usages"))
+                if usage is None or not isinstance(name, str) or name in names or message.get("delta") is True:
+                    return None
+                names.add(name)
+                read += usage.input_tokens
+                written += usage.output_tokens
+                total += usage.total_tokens
+        self.turns = len(names)
+        return Usage(read, written, total, estimated=False) if names else None
 
 
 class StreamReader:

@@ -9,6 +9,7 @@ from benchmarks.contenders.model import Contender
 CHECKS_NOTHING = frozenset({nginx.PLAIN.key})
 CONTENDERS: tuple[Contender, ...] = (
     ours.OURS,
+    ours.OURS_UNIX,
     envoy.ENVOY,
     envoy.ENVOY_CACHED,
     haproxy.HAPROXY,

@@ -22,7 +22,10 @@ class AbsentError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one run of a contender lives: its directory, its port, the stub's, spare ones, its limit per caller."""
+    """Where one run of a contender lives: its directory, its port, the stub's, spare ones, its limit per caller.
+
+    The stub listens on a Unix socket too.
+    """
 
     directory: Path
     port: int
@@ -30,6 +33,7 @@ class Place:
     spare: tuple[int, int]
     ours: Path
     per_minute: int = NEVER
+    upstream_socket: Path | None = None
 
     def write(self, name: str, text: str) -> Path:
         """Write a configuration file and give its path."""

@@ -5,6 +5,7 @@ Refusals are measured on it too, with a wrong token and with a limit that is soo
 
 import os
 import subprocess
+from collections.abc import Mapping
 
 from benchmarks.contenders.model import AbsentError, Contender, Launch, Place, plain_environment
 from benchmarks.tokens import AGENT_SECRET, AUDIENCE, ISSUER, SECRET
@@ -28,6 +29,14 @@ def environment(place: Place) -> dict[str, str]:
 
 
 def _prepare(place: Place) -> Launch:
+    return _launch(place, environment(place))
+
+
+def _prepare_unix(place: Place) -> Launch:
+    return _launch(place, environment(place) | {"PROXY_AGENT_URL": f"http+unix://{place.upstream_socket}"})
+
+
+def _launch(place: Place, settings: Mapping[str, str]) -> Launch:
     command = place.ours
     if not command.exists():
         raise AbsentError("its command is not installed; make it with `make dev`")
@@ -35,7 +44,7 @@ def _prepare(place: Place) -> Launch:
     return Launch(
         version=version,
         commands=((os.fspath(command), "serve"),),
-        environment=environment(place),
+        environment=settings,
         invoke="/agent/invoke",
         stream="/agent/stream",
     )
@@ -52,5 +61,13 @@ OURS = Contender(
     "agentflow-proxy",
     "everything on: JWT, tenancy, limit with RateLimit headers, access line, usage, metrics",
     _prepare,
+    ours=True,
+)
+
+OURS_UNIX = Contender(
+    "ours-unix",
+    "agentflow-proxy, sidecar on a Unix socket",
+    "as above, but for the way to the sidecar: PROXY_AGENT_URL=http+unix://…",
+    _prepare_unix,
     ours=True,
 )

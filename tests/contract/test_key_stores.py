@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from proxy.keys import StaticKeyStore
-from proxy.keystore import KeyRefusedError, SqlKeyStore
+from proxy.keystore import SqlKeyStore
 from proxy.outages import KeyStoreDown
-from proxy.storedkeys import KeyStore, StoredKey
+from proxy.storedkeys import KeyRefusedError, KeyStore, StoredKey
 from tests.support.postgres import Postgres, running_postgres
 
 ALICE = StoredKey("A" * 12, "alice", "a" * 64, frozenset({"agent:invoke", "agent:stream"}), caller="A" * 12)

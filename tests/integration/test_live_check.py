@@ -131,13 +131,19 @@ def test_each_fault_of_an_agent_has_its_sentence(
 
 
 def test_nobody_there_is_said_so(tmp_path: Path) -> None:
-    """A port where nobody listens."""
+    """A port where nobody listens, and a socket that is not there."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         url = f"http://127.0.0.1:{probe.getsockname()[1]}"
     status, found = findings(tmp_path, url)
 
     assert status == 1
     assert found == {"agent": ("wrong", f"nobody listens at {url}, or its name leads nowhere")}
+
+    url = f"http+unix://{tmp_path}/agent.sock"
+    status, found = findings(tmp_path, url)
+
+    assert status == 1
+    assert found == {"agent": ("wrong", f"nobody listens at {url}, or this user may not connect there")}
 
 
 def test_bad_settings_come_first(tmp_path: Path) -> None:

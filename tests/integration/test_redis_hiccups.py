@@ -10,7 +10,8 @@ from proxy.limitsettings import parse_policies
 from proxy.localtier import LocalTier
 from proxy.model import CredentialKind, Principal
 from proxy.operations import OPERATIONS
-from proxy.redisclient import Courier, RedisDown
+from proxy.outages import RedisDown
+from proxy.redisclient import Courier
 from proxy.redistier import SharedTier
 from tests.support.redis import Redis, running_redis
 

@@ -4,8 +4,11 @@ Real sockets throughout: an in-process transport proves nothing about what is le
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -56,18 +59,55 @@ async def until(condition: object) -> None:
             await asyncio.sleep(0.001)
 
 
-async def test_a_kept_alive_connection_serves_the_next_request() -> None:
-    """Two requests in turn take one connection, and each gets its own answer."""
+@pytest.fixture
+def socket_path() -> Iterator[Path]:
+    """Give where a Unix socket may be: its path must be short."""
+    with tempfile.TemporaryDirectory(prefix="unix-") as name:
+        yield Path(name) / "upstream.sock"
+
+
+@pytest.mark.parametrize("is_unix", [False, True], ids=["tcp", "unix"])
+async def test_a_kept_alive_connection_serves_the_next_request(socket_path: Path, *, is_unix: bool) -> None:
+    """Two requests in turn take one connection, and each gets its own answer; `Host` is where it was sent."""
 
     async def talk(line: Line) -> None:
-        while await line.request():
+        while request := await line.request():
+            upstream.requests.append(request)
             await line.write(answer(b"%d" % line.number))
 
-    async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
+    at = socket_path if is_unix else ("127.0.0.1", 0)
+    async with raw_upstream(talk, at=at) as upstream, pool_for(upstream.url) as pool:
         answers = [await fetch(pool) for _ in range(3)]
 
         assert answers == [(200, b"1")] * 3
         assert upstream.accepted == 1
+        host = b"localhost" if is_unix else upstream.url.removeprefix("http://").encode()
+        assert b"\r\nhost: %b\r\n" % host in upstream.requests[0]
+
+
+async def test_a_full_queue_of_a_unix_socket_is_waited_for(socket_path: Path) -> None:
+    """The system refuses at once where it lets TCP wait; here it is a connection later, or the deadline's 504."""
+    url = f"http+unix://{socket_path}"
+    hasty = Deadlines(connect=0.05, first_byte=5, idle=5, total=10)
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as first:
+        listener.bind(str(socket_path))
+        listener.listen(0)
+        first.connect(str(socket_path))  # all that there is room for
+        async with pool_for(url) as pool:
+            with pytest.raises(UpstreamDeadline) as caught:
+                await pool.start(REQUEST, hasty)
+            waiting = asyncio.create_task(pool.start(REQUEST, PATIENT))
+            await asyncio.sleep(0)
+            listener.accept()[0].close()
+            exchange = await waiting
+            second = listener.accept()[0]
+            second.settimeout(5)
+            with second:
+                assert second.recv(65_536).startswith(b"POST /v1/graph/invoke HTTP/1.1\r\nhost: localhost\r\n")
+            exchange.abandon(Problem())
+
+    assert caught.value.reason == "connect"
+    assert pool.open == 0
 
 
 MISBEHAVIOUR = {

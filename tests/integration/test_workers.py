@@ -96,6 +96,15 @@ def test_a_dead_worker_is_replaced(proxy: Proxy, principals: Principals) -> None
     assert [line["status"] for line in proxy.log_lines() if line["event"] == "worker.died"] == [-signal.SIGKILL]
 
 
+def test_workers_share_most_of_their_memory(proxy: Proxy) -> None:
+    """What was there before they began is there once: a worker adds less than half of what it shows (proc(5))."""
+    for pid in workers(proxy):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        kib = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+
+        assert kib["Private_Dirty"] + kib["Private_Clean"] < kib["Rss"] / 2
+
+
 def test_a_drain_ends_every_stream_and_then_every_worker(proxy: Proxy, principals: Principals) -> None:
     """SIGTERM to the supervisor: what runs goes on to its end, nobody new is let in, and the status is 0."""
     living = workers(proxy)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +40,16 @@ class Agent:
 
 
 def start_agent(
-    directory: Path, *, at: tuple[str, int] = ("127.0.0.1", 0), launcher: Sequence[str] = LAUNCHER, **environment: str
+    directory: Path,
+    *,
+    at: tuple[str, int] | Path = ("127.0.0.1", 0),
+    launcher: Sequence[str] = LAUNCHER,
+    **environment: str,
 ) -> Agent:
     """Start an agent that keeps its threads and its log in `directory`, and wait until it answers.
 
-    It listens at `at`; `launcher` is the command that does so. `environment` adds to the agent's variables or replaces
-    them; an empty value takes one away.
+    It listens at `at`, a port or a Unix socket, which takes PRODUCTION; `launcher` is the command that does so.
+    `environment` adds to the agent's variables or replaces them; an empty value takes one away.
     """
     secret = environment.get("JWT_SECRET_KEY", secrets.token_urlsafe(48))
     variables = {
@@ -56,18 +61,22 @@ def start_agent(
         "AGENT_DATABASE": str(directory / "threads.sqlite"),
         **environment,
     }
-    host, port = at[0], at[1] or free_port()
-    log = directory / f"agent-{host}-{port}-{time.monotonic_ns()}.log"
+    if isinstance(at, Path):
+        url, place = f"http+unix://{at}", ("--uds", str(at))
+    else:
+        host, port = at[0], at[1] or free_port()
+        url, place = f"http://{host}:{port}", ("--host", host, "--port", str(port))
+    log = directory / f"agent-{time.monotonic_ns()}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*launcher, "--host", host, "--port", str(port), "--config", CONFIG],
+            [*launcher, *place, "--config", CONFIG],
             cwd=directory,
             env={name: value for name, value in variables.items() if value},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
-    agent = Agent(url=f"http://{host}:{port}", secret=secret, process=process, log=log)
+    agent = Agent(url=url, secret=secret, process=process, log=log)
     try:
         _wait_until_ready(agent)
     except BaseException:
@@ -110,17 +119,18 @@ def free_port() -> int:
 def _wait_until_ready(agent: Agent) -> None:
     """Poll /ping; the agent's own word that it listens tells it from a stranger on the same port."""
     deadline = time.monotonic() + DEADLINE
-    with httpx.Client(timeout=5.0, trust_env=False) as client:
+    path = agent.url.removeprefix("http+unix://")
+    base = agent.url if path == agent.url else "http://localhost"
+    transport = httpx.HTTPTransport(uds=path) if path != agent.url else None
+    with httpx.Client(base_url=base, transport=transport, timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
             if agent.process.poll() is not None:
                 message = f"the agent exited with {agent.process.returncode}:\n{_tail(agent.log)}"
                 raise AgentStoppedError(message)
-            try:
-                ready = client.get(f"{agent.url}/ping").is_success
-            except httpx.TransportError:
-                ready = False
-            if ready and f"running on {agent.url}" in agent.log.read_text(errors="replace"):
-                return
+            if f"running on {agent.url}" in agent.log.read_text(errors="replace"):
+                with suppress(httpx.TransportError):
+                    if client.get("/ping").is_success:
+                        return
             time.sleep(0.05)
     message = f"the agent was not ready in {DEADLINE:.0f} s:\n{_tail(agent.log)}"
     raise AgentStoppedError(message)

@@ -64,6 +64,10 @@ class FakeExchange:
     """Awaited before the head is there."""
     nudged: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def has_body(self) -> bool:
+        return isinstance(self.parts[0], bytes) if self.parts else True
+
     async def head(self) -> bool:
         if self.before is not None:
             await self.before()
@@ -91,6 +95,11 @@ class FakeExchange:
     def abandon(self, reason: Exception) -> None:
         if self.abandoned is None:
             self.abandoned = reason
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was read to its end or abandoned, as it must be."""
+        return self.ended or self.abandoned is not None
 
 
 @dataclass

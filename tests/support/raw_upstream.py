@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 type Talk = Callable[["Line"], Awaitable[None]]
 
@@ -59,8 +60,11 @@ class RawUpstream:
 
 
 @asynccontextmanager
-async def raw_upstream(talk: Talk, *, at: tuple[str, int] = ("127.0.0.1", 0)) -> AsyncIterator[RawUpstream]:
-    """Serve each connection with `talk`, by default on a free port of the loopback; close it when `talk` returns."""
+async def raw_upstream(talk: Talk, *, at: tuple[str, int] | Path = ("127.0.0.1", 0)) -> AsyncIterator[RawUpstream]:
+    """Serve each connection with `talk`; close it when `talk` returns.
+
+    A path is a Unix socket's; by default it is a free port of the loopback.
+    """
     upstream = RawUpstream("")
     talks: set[asyncio.Task[None]] = set()
 
@@ -77,8 +81,12 @@ async def raw_upstream(talk: Talk, *, at: tuple[str, int] = ("127.0.0.1", 0)) ->
             talks.discard(task)
             writer.close()
 
-    server = await asyncio.start_server(serve, *at)
-    upstream.url = "http://{}:{}".format(*server.sockets[0].getsockname())
+    if isinstance(at, Path):
+        server: asyncio.Server = await asyncio.start_unix_server(serve, at)
+        upstream.url = f"http+unix://{at}"
+    else:
+        server = await asyncio.start_server(serve, *at)
+        upstream.url = "http://{}:{}".format(*server.sockets[0].getsockname())
     try:
         yield upstream
     finally:

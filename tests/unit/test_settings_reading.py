@@ -381,6 +381,42 @@ def test_an_address_that_could_not_be_called_is_refused(url: str) -> None:
     assert problems == ["PROXY_AGENT_URL: must be http://host:port, without a path"]
 
 
+MEANT = "http+unix:///run/agent.sock"
+
+
+@pytest.mark.parametrize(
+    ("url", "right"),
+    [
+        ("http+unix://%2Frun%2Fagent.sock", MEANT),
+        ("http+unix://%2frun%2fagent.sock/", MEANT),
+        ("http+unix:///run%2Fagent.sock", MEANT),
+        ("http+unix://run/agent.sock", MEANT),
+        ("http+unix:/run/agent.sock", MEANT),
+        ("http+unix:///run/agent.sock/", MEANT),
+        ("unix:/run/agent.sock", MEANT),
+        ("unix:///run/agent.sock", MEANT),
+        ("http+unix://", "http+unix:///path/of/the/socket"),
+        ("http+unix:///run/agent.sock?x", "http+unix:///path/of/the/socket"),
+        ("http+unix:///run/a b", "http+unix:///path/of/the/socket"),
+        ("http+unix:///run/a%00b", "http+unix:///path/of/the/socket"),
+    ],
+)
+def test_one_spelling_of_a_unix_socket_is_read_and_the_others_are_told_it(url: str, right: str) -> None:
+    """The path stands as it is behind three slashes; whoever wrote it another way can paste what is right."""
+    assert load(LEAST | {"PROXY_AGENT_URL": MEANT}).agent_url == MEANT
+    assert problems_of(LEAST | {"PROXY_AGENT_URL": url}) == [f"PROXY_AGENT_URL: must be {right}, the path as it is"]
+
+
+def test_a_socket_whose_path_is_too_long_is_refused_at_start() -> None:
+    """The system has room for 107 bytes, of which a letter may take several."""
+    longest = f"http+unix:///{'é' * 53}"
+
+    assert load(LEAST | {"PROXY_AGENT_URL": longest}).agent_url == longest
+    assert problems_of(LEAST | {"PROXY_AGENT_URL": f"{longest}x"}) == [
+        "PROXY_AGENT_URL: the path of a socket has at most 107 bytes"
+    ]
+
+
 @pytest.mark.parametrize("rate", ["0/minute", "60/minute;0/day"])
 @pytest.mark.parametrize("variable", ["PROXY_RATE_LIMIT", "PROXY_AUTH_FAILURE_LIMIT"])
 def test_a_rate_of_nothing_is_refused(variable: str, rate: str) -> None:

@@ -3,7 +3,7 @@
 1.  `observability`   gives it an id and a Record; whatever goes wrong further in becomes an answer here.
 2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keycache`) or token (`tokens`);
                       without a principal nothing else runs, and no byte of the body has been read. What is
-                      refused, and where keys are used from, goes into the `audit`.
+                      refused, and where keys are used from, goes into the `audit`; `failures` are counted per address.
                       A token is taken apart (`jose`), its signature proven with its issuer's keys (`issuers`,
                       `publickeys`, `jwks`), its claims held to the issuer's rules (`claims`), and whether it was
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.
@@ -11,9 +11,9 @@
 4.  `authorization`   turns principal and operation into a permit, the only thing that can be forwarded.
 5.  `overload`        refuses new work while the proxy has too much to do, the lowest tier's first; then
     `admission`       charges every quota of the request's plan (`policies`), or refuses: in this process (`localtier`,
-                      on slowapi's limiters from `limits`, with counts in `windows`) or for all replicas at once
-                      (`redistier`, through `redisclient`; what it must still be told of are `debts`). `standings` tells
-                      what is left, `leases` hold what runs.
+                      on slowapi's limiter from `limits`, with counts in `windows`) or for all replicas at once
+                      (`redistier`, through `redisclient`; what Redis is still to be told is `outstanding`, charges
+                      as `debts`). `standings` tells what is left, `leases` hold what runs.
 6.  `relay`           reads the body, bounded in size and time.
 7.  `tenancy`         binds the thread ids in it to the principal (`agui` in that protocol's own form), and opens
                       the `handles` of the principal's files.

@@ -56,8 +56,8 @@ class AccessLog:
             f'"operation":{f'"{record.operation}"' if record.operation else "null"},'
             f'"method":{quoted(record.method) if record.method else "null"},'
             f'"path":{quoted(shortened(record.path)) if record.path else "null"},'
-            f'"status":{record.status},"bytes":{record.sent_bytes},"duration_ms":{_milliseconds(now - started)},'
-            f'"first_byte_ms":{"null" if first is None else _milliseconds(first - started)},"end":"{record.end}"'
+            f'"status":{record.status},"bytes":{record.sent_bytes},"duration_ms":{(now - started) * 1000:.3f},'
+            f'"first_byte_ms":{"null" if first is None else f"{(first - started) * 1000:.3f}"},"end":"{record.end}"'
         )
         if principal is not None and principal.on_behalf_of is not None:
             line += f',"on_behalf_of":{quoted(principal.on_behalf_of)}'
@@ -72,12 +72,6 @@ class AccessLog:
             self._second = second
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
         return f"{self._stamp}.{int((now - second) * 1000):03d}+00:00"
-
-
-def _milliseconds(seconds: float) -> str:
-    """Write a duration with three decimals; to have floats formatted takes four times as long."""
-    whole, rest = divmod(int(seconds * 1_000_000), 1000)
-    return f"{whole}.{rest:03d}"
 
 
 def shortened(path: str) -> str:

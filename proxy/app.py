@@ -21,10 +21,10 @@ from proxy.application import Proxy, show_page
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
 from proxy.duplex import Duplex, DuplexRules
+from proxy.failures import Failures
 from proxy.filing import Filing
 from proxy.issuers import Issuer
 from proxy.keycache import KeyCache
-from proxy.limits import RateLimit
 from proxy.metrics import Reading
 from proxy.model import Lifecycle, Upstream
 from proxy.observability import Observability
@@ -89,7 +89,7 @@ def create_app(
     door = Authentication(
         inner,
         authenticator=Authenticator(tokens=_verifier(settings, clock), keys=keys, clock=clock),
-        failures=RateLimit(settings.failure_limit(), "failures"),
+        failures=Failures(settings.failure_rates()),
         lifecycle=lifecycle,
         audit=Audit(),
     )

@@ -7,7 +7,7 @@ import logging
 from collections import OrderedDict
 from typing import Final
 
-from proxy.limits import address_partition
+from proxy.failures import address_partition
 from proxy.model import CredentialKind, Principal, Record
 
 log: Final = logging.getLogger("agentflow_proxy.audit")

@@ -20,8 +20,8 @@ from proxy.credentials import (
 )
 from proxy.delegation import act_for_named
 from proxy.errors import CredentialInvalid, CredentialMissing, MalformedCredential
+from proxy.failures import Failures
 from proxy.keycache import KeyCache
-from proxy.limits import RateLimit, address_partition
 from proxy.model import (
     RECORD,
     REPROVE,
@@ -106,7 +106,7 @@ class Authentication:
     """
 
     def __init__(
-        self, app: App, *, authenticator: Authenticator, failures: RateLimit, lifecycle: Lifecycle, audit: Audit
+        self, app: App, *, authenticator: Authenticator, failures: Failures, lifecycle: Lifecycle, audit: Audit
     ) -> None:
         self._app = app
         self._authenticator = authenticator
@@ -153,28 +153,27 @@ class Authentication:
         try:
             return with_offered_bearer(headers)
         except MalformedCredential:
-            self._failures.spend(address_partition(record.address))
+            self._failures.spend(record.address)
             raise
 
     def _read(self, headers: Headers, record: Record) -> Credential:
         try:
             credential = read_credential(headers)
         except MalformedCredential:
-            self._failures.spend(address_partition(record.address))
+            self._failures.spend(record.address)
             raise
         if credential is None:
             raise CredentialMissing
         return credential
 
     async def _prove(self, credential: Credential, record: Record) -> Principal:
-        address = address_partition(record.address)
-        self._failures.require_room(address)
+        self._failures.require_room(record.address)
         try:
             return await self._authenticator.prove(credential)
         except CredentialInvalid as problem:
             kind = CredentialKind.API_KEY if isinstance(credential, ApiKey) else CredentialKind.JWT
             self._audit.note_refusal(kind, record, reason=problem.reason, key_id=_key_id(credential))
-            self._failures.spend(address)
+            self._failures.spend(record.address)
             raise
 
 

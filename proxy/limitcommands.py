@@ -111,6 +111,7 @@ def _on_redis[Result](
         payer = tag_of(_namespace(options.principal, issuer), secret)
         tenant = f"tenant:{len(issuer)}:{issuer}:{options.tenant}" if options.tenant else ""
         try:
+            await tier.reach()
             return await act(tier, plan, limits.keys_of(plan, payer, tenant))
         except RedisDown as problem:
             raise SettingsError([f"PROXY_REDIS_URL: Redis does not answer: {problem.reason}"]) from problem

@@ -235,12 +235,10 @@ class LimitSettings(BaseModel):
     def _are_policies(cls, value: object) -> object:
         return parse_policies(value) if isinstance(value, str) else value
 
-    def failure_limit(self) -> str:
+    def failure_rates(self) -> tuple[Rate, ...]:
         """Give one worker's share of PROXY_AUTH_FAILURE_LIMIT, which each counts by itself."""
-        if self.workers == 1 or self.auth_failure_limit == "off":
-            return self.auth_failure_limit
         rates = read_rates(self.auth_failure_limit)
-        return ";".join(f"{max(1, amount // self.workers)}/{window} second" for amount, window in rates)
+        return tuple((max(1, amount // self.workers), window) for amount, window in rates)
 
     def policies(self) -> Policies:
         """Give every policy: those of the text, or those that the simple settings mean."""

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Final, Literal
 
 import httpx
-from redis.exceptions import RedisError
 
 from proxy.issuers import Issuer
 from proxy.jwks import DocumentError, Fetcher, RemoteKeys
@@ -22,7 +21,7 @@ from proxy.model import CredentialKind, Principal
 from proxy.operations import NOT_EXPOSED, NOT_EXPOSED_PREFIXES, OPERATIONS, Kind
 from proxy.origin import Origin
 from proxy.outages import KeyStoreDown
-from proxy.redisclient import connect, reason_of
+from proxy.redisclient import FAULTS, connect, reason_of
 from proxy.settings import Settings
 from proxy.tokens import InternalIdentity
 
@@ -209,7 +208,7 @@ async def _redis(url: str) -> list[Finding]:
     client = connect(url)
     try:
         await client.ping()
-    except (RedisError, OSError) as error:
+    except FAULTS as error:
         raise Unanswered(f"does not answer: {reason_of(error)}") from error
     finally:
         await client.aclose()

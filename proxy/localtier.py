@@ -12,7 +12,7 @@ import limits
 from proxy.limits import QuietLimiter
 from proxy.policies import MOST_PLANS, Plan, Quota, Strategy
 from proxy.standings import Standing, concurrent, fits, fixed, left_of, moving, sliding
-from proxy.windows import BoundedMemoryStorage
+from proxy.windows import Counts
 
 
 class QuotaItem(limits.RateLimitItemPerSecond):
@@ -31,36 +31,44 @@ class LocalTier:
 
     def __init__(self, *, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        limiter = QuietLimiter(clock=clock).limiter
-        assert isinstance(limiter.storage, BoundedMemoryStorage)  # noqa: S101  chosen by its URI
+        limiter = QuietLimiter(clock=clock)
         self._storage = limiter.storage
-        self._hit_sliding = limiter.hit
+        self._hit_sliding = limiter.limiter.hit
         self._running: dict[str, int] = {}
         self._items: dict[Plan, tuple[QuotaItem, ...]] = {}
 
     def decide(self, plan: Plan, keys: Sequence[str]) -> tuple[bool, list[Standing]]:
         """Charge every quota under its key, or none; give whether that was possible, and how each stands now."""
-        quotas, items, storage = plan.quotas, self._items.get(plan) or self._items_of(plan), self._storage
-        storage.moment = self._clock()
+        quotas = plan.quotas
+        now = self._storage.moment = self._clock()
         try:
             if len(quotas) == 1 and quotas[0].strategy is Strategy.SLIDING and quotas[0].cost and not quotas[0].shadow:
+                items = self._items.get(plan) or self._items_of(plan)
                 admitted = self._hit_sliding(items[0], keys[0], cost=quotas[0].cost)
-                return admitted, [self._standing(quotas[0], keys[0], fit=admitted)]
-            fit = [self._fits(quota, key) for quota, key in zip(quotas, keys, strict=True)]
-            admitted = all(each or quota.shadow for each, quota in zip(fit, quotas, strict=True))
+                after = self._storage.at(keys[0], quotas[0].window, now)
+                return admitted, [self._standing(quotas[0], keys[0], after, now, fit=admitted)]
+            seen = [self._see(quota, key, now) for quota, key in zip(quotas, keys, strict=True)]
+            admitted = all(fit or quota.shadow for quota, (fit, _) in zip(quotas, seen, strict=True))
             if admitted:
-                for each, quota, key in zip(fit, quotas, keys, strict=True):
-                    if each and quota.cost:
-                        self.note(quota, key)
-            told = zip(fit, quotas, keys, strict=True)
-            return admitted, [self._standing(quota, key, fit=each) for each, quota, key in told]
+                for quota, key, (fit, counts) in zip(quotas, keys, seen, strict=True):
+                    if fit and quota.cost:
+                        if counts is not None:
+                            counts.current += quota.cost
+                        else:
+                            self.note(quota, key)
+            told = zip(quotas, keys, seen, strict=True)
+            return admitted, [self._standing(quota, key, counts, now, fit=fit) for quota, key, (fit, counts) in told]
         finally:
-            storage.moment = None
+            self._storage.moment = None
 
     def peek(self, plan: Plan, keys: Sequence[str]) -> list[Standing]:
         """Say how each quota stands, without charging."""
-        pairs = list(zip(plan.quotas, keys, strict=True))
-        return [self._standing(quota, key, fit=self._fits(quota, key)) for quota, key in pairs]
+        now = self._storage.moment = self._clock()
+        try:
+            told = [(quota, key, *self._see(quota, key, now)) for quota, key in zip(plan.quotas, keys, strict=True)]
+            return [self._standing(quota, key, counts, now, fit=fit) for quota, key, fit, counts in told]
+        finally:
+            self._storage.moment = None
 
     def enter(self, key: str) -> None:
         """Count a run whose slot was taken elsewhere."""
@@ -86,7 +94,7 @@ class LocalTier:
     def charge(self, quota: Quota, key: str, amount: int, *, over: bool = True) -> bool:  # noqa: ARG002  told to nobody
         """Charge what was used already; give whether something is left."""
         self._storage.add(key, quota.window, amount)
-        return self._fits(quota, key)
+        return self._see(quota, key, self._clock())[0]
 
     @property
     def running(self) -> int:
@@ -99,20 +107,26 @@ class LocalTier:
         items = self._items[plan] = tuple(QuotaItem(quota) for quota in plan.quotas)
         return items
 
-    def _fits(self, quota: Quota, key: str) -> bool:
-        if quota.strategy is Strategy.SLIDING:
-            previous, current, left = self._counts(quota, key)
-            limit = quota.amount - quota.need + 1
-            return fits(previous, current, limit=limit, window=quota.window, left=left)
-        return self._count(quota, key) + quota.need <= quota.amount
+    def _see(self, quota: Quota, key: str, now: float) -> tuple[bool, Counts | None]:
+        """Say whether a request fits, and give the counts where they are a window's: read once, since it is costly."""
+        need, strategy = quota.cost or 1, quota.strategy
+        if strategy is Strategy.SLIDING:
+            window = quota.window
+            counts = self._storage.at(key, window, now)
+            limit, left = quota.amount - need + 1, left_of(window, now)
+            return fits(counts.previous, counts.current, limit=limit, window=window, left=left), counts
+        if strategy is Strategy.FIXED:
+            counts = self._storage.at(key, quota.window, now)
+            return counts.current + need <= quota.amount, counts
+        return self._count(quota, key) + need <= quota.amount, None
 
-    def _standing(self, quota: Quota, key: str, *, fit: bool) -> Standing:
-        if quota.strategy is Strategy.SLIDING:
-            previous, current, left = self._counts(quota, key)
-            return sliding(quota, previous, current, left, fit=fit)
-        count, now = self._count(quota, key), self._storage.now()
-        if quota.strategy is Strategy.FIXED:
-            return fixed(quota, count, left_of(quota.window, now), fit=fit)
+    def _standing(self, quota: Quota, key: str, counts: Counts | None, now: float, *, fit: bool) -> Standing:
+        if counts is not None:
+            left = left_of(quota.window, now)
+            if quota.strategy is Strategy.FIXED:
+                return fixed(quota, counts.current, left, fit=fit)
+            return sliding(quota, counts.previous, counts.current, left, fit=fit)
+        count = self._count(quota, key)
         if quota.strategy is Strategy.CONCURRENCY:
             return concurrent(quota, count, fit=fit)
         until = quota.window - now
@@ -123,13 +137,7 @@ class LocalTier:
             wait = self._storage.moment_at(key, place) + until
         return moving(quota, count, grows, wait, fit=fit)
 
-    def _counts(self, quota: Quota, key: str) -> tuple[int, int, float]:
-        previous, _, current, until = self._storage.get_sliding_window(key, quota.window)
-        return previous, current, until - quota.window
-
     def _count(self, quota: Quota, key: str) -> int:
         if quota.strategy is Strategy.CONCURRENCY:
             return self._running.get(key, 0)
-        if quota.strategy is Strategy.MOVING:
-            return self._storage.get_moving_window(key, quota.amount, quota.window)[1]
-        return self._storage.get(key)
+        return self._storage.get_moving_window(key, quota.amount, quota.window)[1]

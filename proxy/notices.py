@@ -10,9 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from redis.exceptions import RedisError
-
-from proxy.redisclient import CONNECT_SECONDS, connect, reason_of
+from proxy.redisclient import CONNECT_SECONDS, FAULTS, connect, reason_of
 
 log: Final = logging.getLogger("agentflow_proxy.notices")
 PING_SECONDS: Final = 10.0
@@ -34,7 +32,7 @@ class Notices:
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 await self._client.publish(self._channel, "")
-        except (RedisError, OSError, TimeoutError) as error:
+        except FAULTS as error:
             return reason_of(error)
         return ""
 
@@ -69,11 +67,15 @@ class Notices:
                 if not self._down:
                     log.warning("notices.lost", extra={"fields": {"reason": reason_of(error)}})
                 self._down = True
+                with suppress(*FAULTS):
+                    await self._client.aclose()  # the server may be another from now on
             await asyncio.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT)
 
     async def _follow(self, begun: Callable[[], None], heard: Callable[[], None]) -> None:
         """Listen on one connection until it fails, which raises what the library or the system raises."""
+        async with asyncio.timeout(3 * CONNECT_SECONDS):
+            await self._client.initialize()  # a cluster's channel is at the node that has its slot
         async with self._client.pubsub() as channel:
             async with asyncio.timeout(2 * CONNECT_SECONDS):
                 await channel.subscribe(self._channel)

@@ -9,22 +9,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import redis.asyncio as redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 
 from proxy.outages import RedisDown
 
 MOST_AT_ONCE: Final = 200
 CONNECT_SECONDS: Final = 1.0
+FAULTS: Final = (RedisError, RedisClusterException, OSError, TimeoutError)
+"""What goes wrong with Redis. A cluster that cannot be found is none of the library's own errors."""
 _ONE_MORE_TURN: Final = 0.001
 FORMS: Final = "redis://, rediss://, unix://, redis+sentinel://host:port,…/service or redis+cluster://host:port,…"
+_TLS_FILES: Final = ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile")
+_PROBES: Final = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,36 +49,59 @@ def read_script(name: str) -> Script:
 def connect(url: str, *, timeout: float = CONNECT_SECONDS) -> redis.Redis | RedisCluster:
     """Make a client that waits at most `timeout` seconds for an answer; it connects when it is first used.
 
-    Raises ValueError for a URL that is none of FORMS.
+    Raises ValueError for a URL that is none of FORMS, or whose query has what nobody reads.
     """
     parts = urlsplit(url)
+    scheme, _, kind = parts.scheme.partition("+")
+    if parts.scheme != "unix" and (scheme not in ("redis", "rediss") or kind not in ("", "sentinel", "cluster")):
+        raise ValueError(f"must be {FORMS}")
+    query = _query(parts, scheme, kind)
+    tls = {name: value for name, value in query.items() if name.startswith("ssl_")}
     options: dict[str, Any] = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": timeout}
     options |= {"retry": Retry(NoBackoff(), 0), "decode_responses": True, "protocol": 2}
-    if parts.scheme in ("redis", "rediss", "unix"):
+    if not kind:
         return redis.Redis.from_url(url, **options, max_connections=4)
-    scheme, _, kind = parts.scheme.partition("+")
-    if scheme not in ("redis", "rediss") or kind not in ("sentinel", "cluster"):
-        raise ValueError(f"must be {FORMS}")
     names, _, hosts = parts.netloc.rpartition("@")
     user, _, password = names.partition(":")
     known = {"username": unquote(user) or None, "password": unquote(password) or None}
-    options |= {name: value for name, value in known.items() if value} | {"ssl": scheme == "rediss"}
-    query = dict(parse_qsl(parts.query))
+    secured: dict[str, Any] = {"ssl": scheme == "rediss", **tls}
+    options |= {name: value for name, value in known.items() if value} | secured
     places = [_place(host) for host in hosts.split(",")]
     if kind == "cluster":
-        nodes = [ClusterNode(host, port) for host, port in places]
-        return RedisCluster(startup_nodes=nodes, **{**options, "retry": Retry(NoBackoff(), 1)})
+        return RedisCluster(startup_nodes=[ClusterNode(host, port) for host, port in places], **options)
     service, _, database = parts.path.strip("/").partition("/")
     if not service or not (database or "0").isdigit():
         raise ValueError("must name the service, as in redis+sentinel://host:26379/service")
-    watchers = {"socket_connect_timeout": CONNECT_SECONDS, "socket_timeout": CONNECT_SECONDS}
+    watchers = {name: options[name] for name in ("socket_connect_timeout", "retry")} | secured
+    watchers["socket_timeout"] = CONNECT_SECONDS
     if "sentinel_password" in query:
-        watchers |= {"password": query["sentinel_password"]}  # type: ignore[dict-item]  # text among numbers
+        watchers["password"] = query["sentinel_password"]
     sentinel = Sentinel(  # type: ignore[no-untyped-call]  # so it is
         places, sentinel_kwargs=watchers, **options, db=int(database or 0)
     )
     client: redis.Redis = sentinel.master_for(service, max_connections=4)
     return client
+
+
+def _query(parts: SplitResult, scheme: str, kind: str) -> dict[str, Any]:
+    """Read what a URL says after `?`; what the library would stumble over at the first decision is told now."""
+    query: dict[str, Any] = dict(parse_qsl(parts.query, keep_blank_values=True))
+    names = {"": ["db"], "sentinel": ["sentinel_password"], "cluster": []}[kind]
+    names += ["username", "password"] if scheme == "unix" else []
+    names += [*_TLS_FILES, "ssl_check_hostname"] if scheme == "rediss" else []
+    unread = sorted(query.keys() - set(names))
+    if unread:
+        raise ValueError(f"has {unread[0]} in its query, where it may have {', '.join(names) or 'nothing'}")
+    for name in _TLS_FILES:
+        if name in query and not Path(query[name]).is_file():
+            raise ValueError(f"must name a file that is there as {name}")
+    if query.get("ssl_check_hostname", "true") not in ("true", "false"):
+        raise ValueError("must have true or false as ssl_check_hostname")
+    if "ssl_check_hostname" in query:
+        query["ssl_check_hostname"] = query["ssl_check_hostname"] == "true"
+    if not query.get("db", "0").isdigit():
+        raise ValueError("must have a number as db")
+    return query
 
 
 def _place(host: str) -> tuple[str, int]:
@@ -99,6 +127,7 @@ class Courier:
 
     def __init__(self, url: str, *, timeout: float, ticks: Callable[[], float] = time.monotonic) -> None:
         self._client = connect(url, timeout=timeout + CONNECT_SECONDS)  # ours runs out first
+        self._reach_seconds = CONNECT_SECONDS * (2 + url.count(",") if "+" in urlsplit(url).scheme else 1)
         self._timeout = timeout
         self._ticks = ticks
         self._waiting: list[_Call] = []
@@ -124,32 +153,53 @@ class Courier:
         """Learn the server's clock from an answer: microseconds."""
         self._ahead = now / 1_000_000 - self._ticks()
 
-    def forget_time(self) -> None:
-        """Learn the server's clock anew: it may have been set, or the server be another."""
-        self._ahead = None
-
     async def run(self, script: Script, keys: Sequence[str], arguments: Sequence[str | int]) -> str:
-        """Run a script, and give its answer. Raises RedisDown."""
+        """Run a script, and give its answer. Raises RedisDown, also when Redis says that it came too late to count."""
         call = _Call(script, keys, arguments, asyncio.get_running_loop().create_future())
         self._waiting.append(call)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._deliver())
-        return await call.answer
+        answer = await call.answer
+        if answer == "late":
+            self._ahead = None  # the server's clock may have been set, or the server be another
+            raise RedisDown("late")
+        return answer
 
     async def reach(self) -> None:
-        """Have a connection, which may take longer than a decision has. Raises RedisDown."""
+        """Have a connection, which may take longer than a decision has. Raises RedisDown.
+
+        Of several hosts the first may be the one that is silent: there is time to ask the others too.
+        """
         try:
-            async with asyncio.timeout(CONNECT_SECONDS):
+            async with asyncio.timeout(self._reach_seconds):
                 await self._client.execute_command("EXISTS", "probe")
-        except (RedisError, OSError, TimeoutError) as error:
+        except FAULTS as error:
             raise RedisDown(reason_of(error)) from error
+
+    def probes(self, prefix: str) -> list[str]:
+        """Give keys that begin so, one on each master: all of them must do their work. Only once there is a connection.
+
+        Raises RedisDown where nobody has a key's slot.
+        """
+        if not isinstance(self._client, RedisCluster):
+            return [f"{prefix}{{probe}}"]
+        masters, found = len(self._client.get_primaries()), dict[str, str]()
+        for number in range(_PROBES):
+            key = f"{prefix}{{probe{number}}}"
+            node = self._client.get_node_from_key(key)
+            if node is None:
+                raise RedisDown("slot without a master")
+            found.setdefault(node.name, key)
+            if len(found) == masters:
+                break
+        return list(found.values())
 
     async def delete(self, keys: Sequence[str]) -> int:
         """Forget keys; give how many there were. Raises RedisDown."""
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
                 return sum([int(await self._client.delete(key)) for key in keys])
-        except (RedisError, OSError, TimeoutError) as error:
+        except FAULTS as error:
             raise RedisDown(reason_of(error)) from error
 
     async def disconnect(self) -> None:
@@ -171,7 +221,7 @@ class Courier:
             batch, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
             try:
                 answers = await self._within_deadline(batch)
-            except (RedisError, OSError, TimeoutError) as error:
+            except FAULTS as error:
                 self.failures += 1
                 failed, self._waiting = batch + self._waiting, []
                 for call in failed:
@@ -207,10 +257,7 @@ class Courier:
 
     async def _send(self, batch: list[_Call]) -> list[Any]:
         commands = [("EVALSHA", call.script.digest, len(call.keys), *call.keys, *call.arguments) for call in batch]
-        if isinstance(self._client, RedisCluster):
-            sent = (self._client.execute_command(*command) for command in commands)
-            return await asyncio.gather(*sent, return_exceptions=True)
-        if len(commands) == 1:
+        if len(commands) == 1 and isinstance(self._client, redis.Redis):
             try:
                 return [await self._client.execute_command(*commands[0])]  # type: ignore[no-untyped-call]  # so it is
             except NoScriptError as error:

@@ -1,32 +1,29 @@
 """Counts shared by all replicas, on Redis: one round trip for every quota of a request, all charged or none.
 
-What needs no answer (freed slots, charged tokens, renewals) is told in the background, in order. While Redis does not
-do its work this knows, and keeps what is to be told; what is decided meanwhile is `admission`'s business.
+What needs no answer (freed slots, charged tokens, renewals) is `outstanding`, told in the background. While Redis does
+not do its work this knows; what is decided meanwhile is `admission`'s business.
 """
 
 import asyncio
 import logging
-import secrets
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
 
-from proxy.debts import MOST_OWED, Debts
+from proxy.debts import MOST_OWED
 from proxy.localtier import LocalTier
 from proxy.outages import RedisDown
+from proxy.outstanding import CHARGE_SECONDS, Outstanding
 from proxy.policies import Plan, Policies, Quota, Strategy, Unit
-from proxy.redisclient import Courier, Script, read_script
+from proxy.redisclient import Courier, read_script
 from proxy.standings import MICROSECONDS, Standing, standing_at
 
 log: Final = logging.getLogger("agentflow_proxy.limits")
 FAILURES: Final = 3
-"""Failed batches in a row after which nobody waits for Redis any more."""
+"""Failed batches in a row, or failed tellings, after which nobody waits for Redis any more."""
 PROBE_SECONDS: Final = 0.5
-CHARGE_SECONDS: Final = 0.5
-"""Between two charges of a run that goes on; what one has used that ended is charged at once."""
-MOST_IDS: Final = 1_000
 _PROBE: Final = "s 1000000 1 1 0"
 
 
@@ -51,24 +48,19 @@ class SharedTier:
         self._local = local
         self._prefix = prefix
         self._lease = int(lease_seconds * MICROSECONDS)
-        self._renew_seconds = lease_seconds / 3
+        self._wake_seconds = min(lease_seconds / 12, CHARGE_SECONDS)
         self._without = without
         self._ticks = ticks
-        self._admit, self._settle, self._renew, self._release = map(
-            read_script, ("admit", "settle", "renew", "release")
-        )
+        self._admit = read_script("admit")
         self._one_slot = False
-        self._held: dict[str, set[str]] = {}
-        self._freed: dict[str, set[str]] = {}
-        self._debts = Debts()
-        self._over: set[str] = set()
-        """Keys under which a run that has ended owes something."""
-        self._paid = ticks()
+        self._outstanding = Outstanding(
+            courier, name=self._name, note=self._note_charge, lease_seconds=lease_seconds, ticks=ticks
+        )
         self._left: OrderedDict[str, int] = OrderedDict()
         self._down_since: float | None = None
-        self._renewed = ticks()
+        self._untold = 0
+        """Tellings that failed, since the last that did not."""
         self._wake = asyncio.Event()
-        self._nonce, self._number = secrets.token_hex(8), 0
 
     @property
     def is_down(self) -> bool:
@@ -81,9 +73,8 @@ class SharedTier:
 
     async def decide(self, plan: Plan, keys: Sequence[str], lease: str) -> tuple[bool, list[Standing]]:
         """Charge every quota or none, and hold the slots under the id `lease`. Raises RedisDown."""
-        names = self._names(keys)
         try:
-            answer = await self._ask(names, "take", lease, plan.spec)
+            answer = await self._ask(map(self._name, keys), "take", lease, plan.spec)
         except RedisDown as problem:
             self._doubt(plan, keys, lease)
             self._note_failure(problem.reason, at_once=problem.answered)
@@ -98,45 +89,41 @@ class SharedTier:
             elif admitted and standing.fits:
                 self._local.note(quota, key)
                 if quota.unit is Unit.RUNS:
-                    self.hold(key, lease)
+                    self._outstanding.hold(key, lease)
         return admitted, standings
 
     async def peek(self, plan: Plan, keys: Sequence[str]) -> list[Standing]:
         """Say how each quota stands, without charging. Raises RedisDown."""
-        return self._read(plan, await self._ask(self._names(keys), "peek", "", plan.spec))[1]
+        return self._read(plan, await self._ask(map(self._name, keys), "peek", "", plan.spec))[1]
 
     async def forget(self, keys: Sequence[str]) -> int:
         """Forget counts; give of how many quotas there were any. Raises RedisDown."""
-        return await self._courier.delete(self._names(keys))
+        return await self._courier.delete([self._name(key) for key in keys])
 
     def hold(self, key: str, lease: str) -> None:
-        """Hold a slot on Redis from the next renewal on, whether it was taken there or not."""
-        self._held.setdefault(key, set()).add(lease)
-        self._freed.get(key, set()).discard(lease)  # what was in doubt is held after all
+        """Hold a slot that was taken without Redis, and tell it."""
+        self._outstanding.claim(key, lease)
 
     def leave(self, key: str, lease: str) -> None:
         """Free a slot."""
         self._local.leave(key)
-        leases = self._held.get(key, set())
-        leases.discard(lease)
-        if not leases:
-            self._held.pop(key, None)
         if self._down_since is None or self._ticks() - self._down_since < self._lease / MICROSECONDS:
-            self._freed.setdefault(key, set()).add(lease)  # after that Redis has forgotten it by itself
+            self._outstanding.free(key, lease)
+        else:
+            self._outstanding.drop(key, lease)
         self._wake.set()
 
     def owe(self, quota: Quota, key: str, amount: int) -> None:
         """Charge later what was used without asking."""
-        self._debts.owe(quota, key, amount, self._ticks())
+        self._outstanding.owe(quota, key, amount)
 
     def charge(self, quota: Quota, key: str, amount: int, *, over: bool = False) -> bool:
         """Charge what was used already; give whether something is left, as far as this process knows.
 
         When the run is `over` Redis is told at once, or else with what comes in the next half second.
         """
-        self.owe(quota, key, amount)
+        self._outstanding.owe(quota, key, amount, over=over)
         if over:
-            self._over.add(key)
             self._wake.set()
         has_left = self._local.charge(quota, key, amount, over=over)
         if self.is_down:
@@ -159,9 +146,12 @@ class SharedTier:
             with suppress(asyncio.CancelledError):
                 await task
             with suppress(RedisDown):
-                await self._free()
-                await self._pay(everything=True)
+                await self._outstanding.settle(everything=True)
             await self._courier.close()
+
+    async def reach(self) -> None:
+        """Have a connection, before the first decision is timed. Raises RedisDown."""
+        await self._courier.reach()
 
     async def close(self) -> None:
         """Close the connections."""
@@ -173,7 +163,7 @@ class SharedTier:
                 await asyncio.sleep(PROBE_SECONDS)
             else:
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(min(self._renew_seconds / 4, CHARGE_SECONDS)):
+                    async with asyncio.timeout(self._wake_seconds):
                         await self._wake.wait()
             self._wake.clear()
             try:
@@ -188,79 +178,27 @@ class SharedTier:
                 await self._courier.disconnect()
             if self.is_down or try_first:
                 await self._courier.reach()
-                await self._ask([f"{self._prefix}:{{probe}}"], "take", "probe", _PROBE)
-            if self.is_down or self._ticks() - self._renewed >= self._renew_seconds:
-                await self._hold_on()
-            await self._free()
-            await self._pay(everything=self.is_down)
+                for probe in [self._name("{probe}")] if self._one_slot else self._courier.probes(f"{self._prefix}:"):
+                    await self._ask([probe], "take", "probe", _PROBE)
+            await self._outstanding.tell(everything=self.is_down)
+            if self.is_down:
+                await self._outstanding.tell(everything=True)  # what was admitted during the long one
+                self._recover()
+                await self._outstanding.tell(everything=True)
         except RedisDown as problem:
-            self._note_failure(problem.reason, at_once=try_first or problem.answered)
+            self._untold += 1
+            self._note_failure(problem.reason, at_once=try_first or problem.answered or self._untold >= FAILURES)
             return
-        if self._down_since is not None:
-            seconds = round(self._ticks() - self._down_since, 3)
-            self._down_since = None
-            log.warning("limits.recovered", extra={"fields": {"down_seconds": seconds}})
+        self._untold = 0
 
-    async def _hold_on(self) -> None:
-        """Renew every lease that is held: those Redis has lost as well."""
-        for key, leases in list(self._held.items()):
-            ids = list(leases)
-            for start in range(0, len(ids), MOST_IDS):
-                arguments: list[str | int] = [self._courier.not_after, self._lease, *ids[start : start + MOST_IDS]]
-                await self._run(self._renew, key, arguments)
-        self._renewed = self._ticks()
+    def _recover(self) -> None:
+        seconds = round(self._ticks() - (self._down_since or 0), 3)
+        self._down_since = None
+        log.warning("limits.recovered", extra={"fields": {"down_seconds": seconds}})
 
-    async def _free(self) -> None:
-        freed, self._freed = self._freed, {}
-        while freed:
-            key, leases = next(iter(freed.items()))
-            try:
-                ids = list(leases)
-                for start in range(0, len(ids), MOST_IDS):
-                    await self._courier.run(self._release, self._names([key]), ids[start : start + MOST_IDS])
-            except BaseException:
-                for other, rest in freed.items():
-                    self._freed.setdefault(other, set()).update(rest)
-                raise
-            del freed[key]
-
-    async def _pay(self, *, everything: bool) -> None:
-        """Charge what is owed: each thing as of when it was used, and for runs that go on now and then only."""
-        over, self._over = self._over, set()
-        if everything or self._ticks() - self._paid >= CHARGE_SECONDS:
-            over, self._paid = set(self._debts.keys()), self._ticks()
-        for key in over:
-            debt = self._debts.take(key, self._ticks())
-            if debt is None:
-                continue
-            quota = debt.quota
-            self._number += 1
-            identity = f"{self._nonce}{self._number:x}"
-            parts = debt.arguments(self._ticks())
-            try:
-                arguments = [self._courier.not_after, quota.strategy[0], quota.window, identity, *parts]
-                answer = await self._run(self._settle, key, arguments)
-            except BaseException:
-                self._debts.put_back(key, debt)
-                raise
-            now, current, previous = map(int, answer.split())
-            if quota.unit is Unit.TOKENS:
-                told = (1, current, previous, 0)
-                self._know(key, standing_at(quota, now, told).remaining)
-
-    async def _run(self, script: Script, key: str, arguments: list[str | int]) -> str:
-        answer = await self._courier.run(script, self._names([key]), arguments)
-        if answer == "late":
-            self._courier.forget_time()
-            raise RedisDown("late")
-        return answer
-
-    async def _ask(self, names: Sequence[str], mode: str, lease: str, spec: str) -> str:
-        answer = await self._courier.run(self._admit, names, (mode, self._courier.not_after, lease, self._lease, spec))
-        if answer == "late":
-            self._courier.forget_time()
-            raise RedisDown("late")
-        return answer
+    async def _ask(self, names: Iterable[str], mode: str, lease: str, spec: str) -> str:
+        arguments = (mode, self._courier.not_after, lease, self._lease, spec)
+        return await self._courier.run(self._admit, list(names), arguments)
 
     def _read(self, plan: Plan, answer: str) -> tuple[bool, list[Standing]]:
         admitted, now, *told = map(int, answer.split())
@@ -268,29 +206,34 @@ class SharedTier:
         standings = [standing_at(quota, now, told[4 * at : 4 * at + 4]) for at, quota in enumerate(plan.quotas)]
         return bool(admitted), standings
 
-    def _names(self, keys: Sequence[str]) -> list[str]:
-        prefix = f"{{{self._prefix}}}:" if self._one_slot else f"{self._prefix}:"
-        return [prefix + key for key in keys]
+    def _name(self, key: str) -> str:
+        return f"{{{self._prefix}}}:{key}" if self._one_slot else f"{self._prefix}:{key}"
 
     def _know(self, key: str, remaining: int) -> None:
-        self._left[key] = remaining - self._debts.amount(key)
+        self._left[key] = remaining - self._outstanding.debts.amount(key)
         self._left.move_to_end(key)
         if len(self._left) > MOST_OWED:
             self._left.popitem(last=False)
+
+    def _note_charge(self, quota: Quota, key: str, answer: str) -> None:
+        now, current, previous = map(int, answer.split())
+        if quota.unit is Unit.TOKENS:
+            self._know(key, standing_at(quota, now, (1, current, previous, 0)).remaining)
 
     def _doubt(self, plan: Plan, keys: Sequence[str], lease: str) -> None:
         """Free slots that may have been taken, though nobody heard of it."""
         for quota, key in zip(plan.quotas, keys, strict=True):
             if quota.strategy is Strategy.CONCURRENCY:
-                self._freed.setdefault(key, set()).add(lease)
+                self._outstanding.free(key, lease)
                 self._wake.set()
 
     def _note_failure(self, reason: str, *, at_once: bool = False) -> None:
-        self._renewed = 0  # who knows what Redis still knows
+        self._outstanding.doubt()
         if at_once or self._courier.failures >= FAILURES:
             self._lose(reason)
 
     def _lose(self, reason: str) -> None:
+        self._outstanding.doubt()
         if self._down_since is None:
             self._down_since = self._ticks()
             self._wake.set()

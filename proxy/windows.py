@@ -20,7 +20,7 @@ MOST_MOMENTS: Final = 1_000_000
 
 
 @dataclass(slots=True)
-class _Counts:
+class Counts:
     """Counts of one key: in the window of `window` seconds numbered `index`, and in the one before."""
 
     window: int
@@ -52,7 +52,7 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport, MovingWindowSup
         self._most = most
         self._most_moments = most_moments
         self._clock = clock
-        self._counts: OrderedDict[str, _Counts] = OrderedDict()
+        self._counts: OrderedDict[str, Counts] = OrderedDict()
         self._moments: OrderedDict[str, deque[float]] = OrderedDict()
         self._held = 0
         self.moment: float | None = None
@@ -72,14 +72,14 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport, MovingWindowSup
 
         An amount below 0 is given back.
         """
-        counts = self._at(key, window, self.now())
+        counts = self.at(key, window, self.now())
         counts.current = max(0, counts.current + amount)
         return counts.previous, counts.current
 
     @override
     def acquire_sliding_window_entry(self, key: str, limit: int, expiry: int, amount: int = 1) -> bool:
         now = self.now()
-        counts = self._at(key, expiry, now)
+        counts = self.at(key, expiry, now)
         left = left_of(expiry, now)
         if not fits(counts.previous, counts.current, limit=limit - amount + 1, window=expiry, left=left):
             return False
@@ -89,7 +89,7 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport, MovingWindowSup
     @override
     def get_sliding_window(self, key: str, expiry: int) -> tuple[int, float, int, float]:
         now = self.now()
-        counts = self._at(key, expiry, now)
+        counts = self.at(key, expiry, now)
         left = left_of(expiry, now)
         return counts.previous, left if counts.previous else 0.0, counts.current, left + expiry
 
@@ -104,7 +104,7 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport, MovingWindowSup
     @override
     def get(self, key: str) -> int:
         counts = self._counts.get(key)
-        return self._at(key, counts.window, self.now()).current if counts is not None else 0
+        return self.at(key, counts.window, self.now()).current if counts is not None else 0
 
     @override
     def get_expiry(self, key: str) -> float:
@@ -145,11 +145,12 @@ class BoundedMemoryStorage(Storage, SlidingWindowCounterSupport, MovingWindowSup
         self._moments.move_to_end(key)
         return moments
 
-    def _at(self, key: str, window: int, now: float) -> _Counts:
+    def at(self, key: str, window: int, now: float) -> Counts:
+        """Give the counts of a key as of `now` (Unix seconds), to be read and added to at once."""
         index = int(now // window)
         counts = self._counts.get(key)
         if counts is None:
-            counts = self._counts[key] = _Counts(window, index, 0, 0)
+            counts = self._counts[key] = Counts(window, index, 0, 0)
             if len(self._counts) > self._most:
                 self._counts.popitem(last=False)
             return counts

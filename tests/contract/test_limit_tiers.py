@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from typing import Any
 
 import pytest
@@ -87,6 +87,17 @@ class Model:
         return floor(self.count(rule, who, now)) + need <= rule.amount
 
 
+def check_growth(model: Model, rule: Rule, who: str, at: Fraction, *, seconds: int, admitted: bool) -> None:
+    """Hold the told seconds to the model: until something fits where nothing does, or else until the window turns."""
+    if not rule.window:
+        return
+    if not model.fits(rule, who, at, 1):
+        assert model.fits(rule, who, at + seconds, 1)
+        assert seconds == 1 or not model.fits(rule, who, at + seconds - 1, 1)
+    elif admitted and rule.strategy is not Strategy.MOVING:
+        assert seconds == ceil(rule.window - at % rule.window)
+
+
 class House:
     """Limits whose clock is ours, and the loop they live in."""
 
@@ -125,7 +136,8 @@ def on_redis(loop: asyncio.Runner, redis: Redis) -> House:
     courier = Courier(redis.url, timeout=60)
     courier.note_time = lambda now: None  # type: ignore[method-assign]  # no deadline: here time is what we say
     tier = SharedTier(courier, local, prefix="test", lease_seconds=30_000, without="refuse", ticks=lambda: ticks[0])
-    tier._admit, tier._settle, tier._renew = map(with_clock, (tier._admit, tier._settle, tier._renew))
+    told = tier._outstanding
+    tier._admit, told._settle, told._renew = map(with_clock, (tier._admit, told._settle, told._renew))
     limits = Limits(Policies(read_rates=read_own), partition_of=str, local=local, shared=tier, without="refuse")
     client = tier._courier._client
 
@@ -192,7 +204,8 @@ def test_admission_follows_the_model(
 ) -> None:
     """A request is admitted exactly when all of it fits in every quota; else nothing is charged.
 
-    What remains is told as it is; who waits as told fits in what refused him, and a second earlier he did not.
+    What remains is told as it is, and when it grows; who waits as told fits in what refused him, and a second earlier
+    he did not.
     """
     policies, model, now = policies_of(drawn, cost), Model(drawn, cost), START
     house.limits.replace(policies)
@@ -207,7 +220,7 @@ def test_admission_follows_the_model(
             lease.release()
             lease.release()
             if house.limits._shared is not None:
-                house.run(house.limits._shared._free())
+                house.run(house.limits._shared._outstanding.settle(everything=False))
             model.running.remove(whose)
         at = Fraction(now)
         needs = {rule: cost if rule.window else 1 for rule in drawn}
@@ -233,11 +246,12 @@ def test_admission_follows_the_model(
             remaining, _, seconds = told[f'"{name}"'].partition(";t=")
             assert int(remaining) == max(0, rule.amount - floor(model.count(rule, who, at)))
             assert bool(seconds) == bool(rule.window)
+            check_growth(model, rule, who, at, seconds=int(seconds or 0), admitted=not violated)
     for _, lease in leases:
         lease.release()
     assert house.local.running == 0
     if house.limits._shared is not None:
-        house.run(house.limits._shared._free())
+        house.run(house.limits._shared._outstanding.settle(everything=False))
 
 
 BUDGETS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), max_size=15)
@@ -269,7 +283,7 @@ def test_a_budget_follows_the_model(house: House, strategy: Strategy, steps: lis
         assert lease.charge(tokens, estimated=False) == (floor(spent + tokens) < 100)
         lease.release()
         if house.limits._shared is not None:
-            house.run(house.limits._shared._pay(everything=True))
+            house.run(house.limits._shared._outstanding.settle(everything=True))
         charged.append((at, tokens))
 
 
@@ -295,7 +309,7 @@ def test_what_was_used_without_redis_is_charged_as_of_then(
 
     now += 2 * after
     shared.set_clock(now)
-    shared.run(tier._pay(everything=True))
+    shared.run(tier._outstanding.settle(everything=True))
     (standing,) = shared.run(tier.peek(plan, [f"{{a}}:{plan.quotas[0].key}"]))
 
     assert standing.remaining == 1000 - floor(model.count(model.rules[0], "a", Fraction(now)))
@@ -310,12 +324,12 @@ def test_a_run_that_goes_on_is_charged_now_and_then_and_at_once_when_it_ends(sha
 
     def left_after(seconds: float) -> int:
         shared.set_clock(START + seconds)
-        shared.run(tier._pay(everything=False))
+        shared.run(tier._outstanding.settle(everything=False))
         remaining: int = shared.run(tier.peek(plan, shared.limits.keys_of(plan, "a", "")))[0].remaining
         return remaining
 
     shared.set_clock(START)
-    shared.run(tier._pay(everything=True))
+    shared.run(tier._outstanding.settle(everything=True))
     left_after(1)
     lease = shared.admit("a")
     left = []
@@ -341,7 +355,7 @@ def test_what_was_estimated_too_high_is_given_back(house: House) -> None:
         lease.charge(charged, estimated=True)
         lease.release()
         if house.limits._shared is not None:
-            house.run(house.limits._shared._pay(everything=True))
+            house.run(house.limits._shared._outstanding.settle(everything=True))
         told.append(dict(house.admit("a").fields)[b"ratelimit"].split(b";")[1])
 
     assert told == [b"r=10", b"r=70", b"r=100"]

@@ -68,7 +68,7 @@ async def test_a_slot_that_was_in_doubt_is_held_on_redis_too() -> None:
                 lease = await limits.admit(CALLER, "a", INVOKE)
             finally:
                 redis.resume()
-            while shared.is_down or shared._freed:
+            while shared.is_down or shared._outstanding._freed:
                 await asyncio.sleep(0.02)
             told = redis.ask("ZCARD p:{a}:runs:0c")
             lease.release()
@@ -90,7 +90,7 @@ async def test_an_outage_leaves_a_bounded_memory_of_what_ran_meanwhile() -> None
                 await asyncio.sleep(0.05)
             for _ in range(5_000):
                 (await limits.admit(CALLER, "a", INVOKE)).release()
-            kept = sum(len(leases) for leases in shared._freed.values())
+            kept = sum(len(leases) for leases in shared._outstanding._freed.values())
 
     assert kept < 100
 

@@ -175,9 +175,8 @@ def installed(directory: Path, *, agents: int, proxies: int, **settings: str) ->
         kept = stack.enter_context(storage("postgres"))
         names = stack.enter_context(running_names())
         secret = secrets.token_urlsafe(48)
-        installation = Installation(
-            directory, names, secret, kept, Principals(), {"PROXY_RATE_LIMIT": "off"} | settings
-        )
+        composed = {"PROXY_RATE_LIMIT": "off", "PROXY_POOL_IDLE_CONNECTIONS": "0"}
+        installation = Installation(directory, names, secret, kept, Principals(), composed | settings)
         stack.callback(installation.stop)
         installation.start(agents=agents, proxies=proxies)
         yield installation

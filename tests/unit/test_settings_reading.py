@@ -82,7 +82,11 @@ BAD: dict[str, list[str]] = {
     "token_limit": ["200000", "0/hour"],
     "limits": ["x", "[[policies]]", '[[policies]]\nname = "a"\nrate = "1/moon"', "[costs]\nfly = 1"],
     "auth_failure_limit": ["20", "20/moon"],
-    "redis_url": ["cache:6379", "http://cache", "redis+sentinel://a:1", "redis+cluster://a", "redis+cloud://a:1/x"],
+    "redis_url": [
+        *("cache:6379", "http://cache", "redis+sentinel://a:1", "redis+cluster://a", "redis+cloud://a:1/x"),
+        *("rediss://a?ssl_ca_cert=/ca", "rediss://a?ssl_ca_certs=/nowhere", "rediss://a?ssl_check_hostname=no"),
+        *("redis://a?ssl_check_hostname=true", "redis://a?db=x", "redis+cluster://a:1?db=1", "redis://a?protocol=3"),
+    ],
     "redis_prefix": ["a b", "{a}", "a:b"],
     "redis_timeout_seconds": ["0", "0.001", "6", "nan"],
     "limits_without_redis": ["open", "Local"],

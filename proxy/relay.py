@@ -175,7 +175,8 @@ class Relay:
     async def _relay_run(
         self, request: UpstreamRequest, deadlines: Deadlines, lease: Lease, receive: Receive, send: Send, run: Run
     ) -> None:
-        stream = Stream(run, self._rules, send) if run.wish is not None else None
+        inbox = receive if isinstance(receive, Inbox) else None
+        stream = Stream(run, self._rules, send, inbox) if run.wish is not None else None
         exchange: Exchange | None = None
         kept = False
         started = asyncio.get_running_loop().time()
@@ -183,6 +184,7 @@ class Relay:
         try:
             with ClientPresent(receive, deadlines.total):
                 exchange = await self._upstream.start(request, deadlines)
+                del request  # which an open stream need not hold
                 await (_pass(exchange, send, run.spending) if stream is None else stream.deliver(exchange))
         except ClientLeft:
             spent = asyncio.get_running_loop().time() - started

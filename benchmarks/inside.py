@@ -185,8 +185,9 @@ def main() -> None:
         total, functions = count(Path(name), by_function=asked.functions)
     print(f"{total:,.1f} k instructions for each invoke")
     for name, (spent, calls) in sorted(functions.items(), key=lambda item: -item[1][0])[:SHOWN]:
-        shown = name.removeprefix("py::").replace(f"{ROOT}/", "").rpartition("site-packages/")[-1]
-        print(f"{spent:9.1f} k {calls:6.2f} calls  {shown}")
+        function, _, file = name.removeprefix("py::").partition(":")
+        place = file.removeprefix(f"{ROOT}/").rpartition("site-packages/")[-1]
+        print(f"{spent:9.1f} k {calls:6.2f} calls  {place}: {function}")
 
 
 if __name__ == "__main__":

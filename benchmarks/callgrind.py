@@ -17,11 +17,12 @@ from pathlib import Path
 from benchmarks.arena import Ground, Standing, stand, stand_stub
 from benchmarks.contenders import CONTENDERS
 from benchmarks.contenders.model import ROOT, AbsentError, Contender, Launch, Place
-from benchmarks.load import drive_invokes, drive_streams
+from benchmarks.load import drive_bursts, drive_invokes, drive_streams
 from benchmarks.processes import Usage, choose_cores, find_tree
 from benchmarks.tokens import forged_tokens
 
 REQUESTS = 400
+BURST_EVENTS = 5_000
 OBEYS_WITHIN = 30.0
 STARTS_WITHIN = 480.0
 """Under valgrind, on a machine that has other things to do; alone it takes a minute."""
@@ -80,7 +81,7 @@ def _count(standing: Standing, output: Path, load: Callable[[], Awaitable[int]])
 
 
 def count_instructions(contender: Contender, ground: Ground) -> dict[str, float]:
-    """Count invokes, paced events and, for ours, refusals. Raises AbsentError where it does not start."""
+    """Count invokes, paced and burst events, and, for ours, refusals. Raises AbsentError where it does not start."""
     values = {}
     with tempfile.TemporaryDirectory(prefix="bench-") as name, stand(_wrap(contender, Path(name)), ground) as standing:
         output = Path(name)
@@ -103,9 +104,15 @@ def count_instructions(contender: Contender, ground: Ground) -> dict[str, float]
             )
             return seen.events
 
+        async def bursts() -> int:
+            # One stream after another, as fast as they come; how many events share a read is in the figure.
+            requests = standing.streams(events=BURST_EVENTS, pace_ms=0)
+            return await drive_bursts(standing.port, requests, rounds=3, deadline=60) * BURST_EVENTS
+
         asyncio.run(_warm(invokes()))
         values["invoke_user_instructions_k"] = _count(standing, output, invokes())
         values["event_user_instructions_k"] = _count(standing, output, events)
+        values["burst_user_instructions_k"] = _count(standing, output, bursts)
         if contender.ours:
             asyncio.run(_warm(invokes(forged_tokens(), 401)))
             values["refuse_401_user_instructions_k"] = _count(standing, output, invokes(forged_tokens(), 401))

@@ -15,7 +15,7 @@ import uvloop
 DEFAULT_EVENTS: Final = 10
 MAX_EVENTS: Final = 100_000
 DIRECTIVE: Final = re.compile(rb"\[(words|pace) (\d+)(?:ms)?\]")
-TIMESTAMP: Final = b'},"timestamp":'  # the event's own: its message has one too
+TIMESTAMP: Final = b',"reasoning":null,"timestamp":'  # the message's; the event's own is its run's, and stays
 TIMESTAMP_DIGITS: Final = 17
 EPOCH: Final = 1_000_000_000.0  # added to the monotonic clock, so that every timestamp has the same width
 
@@ -47,13 +47,15 @@ STREAM_HEAD: Final = (
 )
 EVENT_HEAD: Final = (
     b'{"event":"message","message":{"message_id":"5bf3e2cb-7ade-4edd-9975-ec9c3dbf93a3","role":"assistant",'
-    b'"content":[{"type":"text","text":"word ","annotations":[]}],"delta":true,"tools_calls":null,"reasoning":null,'
-    b'"timestamp":1700000000.079375,"metadata":{},"usages":null,"raw":null,"parsed_content":null},"state":null,'
-    b'"data":null,"thread_id":"3ae3c1d2-0000-4000-8000-000000000000",'
-    b'"run_id":"8822aa10-0000-4000-8000-000000000000","metadata":{"node":"MAIN","thread_id":"t-1"'
+    b'"content":[{"type":"text","text":"word ","annotations":[]}],"delta":true,"tools_calls":null'
 ) + TIMESTAMP
-EVENT_TAIL: Final = b"}\n\r\n"
-CHUNK_SIZE: Final = b"%x\r\n" % (len(EVENT_HEAD) + TIMESTAMP_DIGITS + 2)
+EVENT_TAIL: Final = (
+    b',"metadata":{},"usages":null,"raw":null,"parsed_content":null},"state":null,'
+    b'"data":null,"thread_id":"3ae3c1d2-0000-4000-8000-000000000000",'
+    b'"run_id":"8822aa10-0000-4000-8000-000000000000","metadata":{"node":"MAIN","thread_id":"t-1"},'
+    b'"timestamp":1700000000.079375}\n\r\n'
+)
+CHUNK_SIZE: Final = b"%x\r\n" % (len(EVENT_HEAD) + TIMESTAMP_DIGITS + len(EVENT_TAIL) - 2)
 
 
 def make_event() -> bytes:

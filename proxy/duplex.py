@@ -126,7 +126,7 @@ class Duplex:
             except BaseException:
                 lease.release()
                 raise
-            stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
+            stop = partial(stop_upstream, permit, self.identity.token, thread_id, request.headers)
             return bound, Turn(lease, record, self.runs, self.overload, thread_id=thread_id, stop=stop)
 
         rules, request_id = self.flow_rules, record.request_id.decode()

@@ -4,7 +4,7 @@ Pure. The upstream's headers are built from nothing but an allow-list; the clien
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Final
 from urllib.parse import parse_qsl, quote, urlencode
 
@@ -74,6 +74,11 @@ def request_upstream(
     return UpstreamRequest(permit.operation.method.encode(), target.encode(), tuple(sent), body)
 
 
+def trail_of(headers: Iterable[tuple[bytes, bytes]]) -> tuple[tuple[bytes, bytes], ...]:
+    """Give the fields that name a request and its trace."""
+    return tuple(field for field in headers if field[0] in _OF_ONE_TRACE)
+
+
 def encode_request(request: UpstreamRequest, authority: bytes) -> bytes:
     """Write a request, head and body, as HTTP/1.1 (RFC 9112 §3)."""
     parts = [request.method, b" ", request.target, b" HTTP/1.1\r\nhost: ", authority]
@@ -86,18 +91,18 @@ def encode_request(request: UpstreamRequest, authority: bytes) -> bytes:
 
 
 def stop_upstream(
-    permit: Permit, identity: Callable[[Principal], bytes], *, thread_id: str, run: UpstreamRequest
+    permit: Permit, identity: Callable[[Principal], bytes], thread_id: str, headers: Iterable[tuple[bytes, bytes]]
 ) -> UpstreamRequest:
     """Build what asks the sidecar to stop a run: whoever may run may have his own run stopped, so its permit does.
 
-    It carries the request id and the trace of the run's own request; `identity` makes a token anew.
+    It carries the trail of the run's own request, which had these `headers`; `identity` makes a token anew.
     """
     if permit.operation.kind not in (Kind.RUN, Kind.AG_UI, Kind.DUPLEX):
         raise ValueError("not the permit of a run")
     fields = (
         (b"authorization", b"Bearer " + identity(permit.principal)),
         (b"content-type", b"application/json"),
-        *(field for field in run.headers if field[0] in _OF_ONE_TRACE),
+        *trail_of(headers),
     )
     body = pydantic_core.to_json({"thread_id": thread_id, "config": {}})
     return UpstreamRequest(b"POST", b"/v1/graph/stop", fields, body)

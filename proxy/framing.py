@@ -102,7 +102,7 @@ class RawLines:
 
     def feed(self, data: bytes) -> bytes:
         """Take in what arrived and give what can be passed on."""
-        if not self._held and self.mark not in data:
+        if not self._held and data.find(self.mark) < 0:  # `in` first asks whether the mark is a number
             tail = data.rfind(b"\n") + 1
             if tail == len(data):
                 self._verdict = None

@@ -53,7 +53,8 @@ class Handles:
 
 def may_name_files(raw: bytes) -> bool:
     """Say whether a JSON text could name a file. A letter can be written by its number, so one that is counts too."""
-    return b"file_id" in raw or b"agentflow:" in raw or b"\\u" in raw
+    escapes = b"\\" in raw and b"\\u" in raw  # one letter is found at once
+    return escapes or b"file_id" in raw or b"agentflow:" in raw
 
 
 def open_handles(value: object, handles: Handles) -> None:

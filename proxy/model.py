@@ -41,6 +41,11 @@ class Inbox:
         """Have `left` called, once, when the client leaves, or soon where it has left; None: nobody any more."""
         raise NotImplementedError
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether `send` would return at once."""
+        raise NotImplementedError
+
 
 class CredentialKind(StrEnum):
     """How a caller proved who he is."""
@@ -210,6 +215,17 @@ class FlowRules:
     stop_over_budget: bool
 
 
+class Outlet(Protocol):
+    """Where the bytes of an answer may go as they arrive, in the event loop's own callback."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether bytes can be passed on now, without waiting for anybody."""
+
+    def pass_on(self, data: bytes) -> None:
+        """Pass on bytes, while it is open. What it raises ends the exchange, and is raised by its `read`."""
+
+
 class Exchange(Protocol):
     """One answer from upstream, its body still coming."""
 
@@ -236,9 +252,10 @@ class Exchange(Protocol):
     async def head(self) -> bool:
         """Wait until status and headers are known; False when `nudge` came first."""
 
-    async def read(self) -> bytes:
+    async def read(self, outlet: Outlet | None = None) -> bytes:
         """Give the bytes that have arrived, at least one, or `b""` at the true end; then `ended` holds.
 
+        What arrives while it waits, and is not the end, may go to the `outlet` instead: no task need be woken for it.
         `b""` before the end: `nudge` was called. Raises an upstream Problem when the answer was cut, broke the
         framing or missed a deadline. To cancel it changes nothing.
         """

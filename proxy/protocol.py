@@ -22,7 +22,7 @@ from websockets.server import ServerProtocol
 
 from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
-from proxy.outbox import Outbox
+from proxy.outbox import Flow, Outbox, Signal
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
 _SWITCHING: Final = 101
@@ -54,7 +54,7 @@ class CycleInbox(Inbox):
         if cycle.more_body or not cycle.body or cycle.disconnected or cycle.waiting_for_100_continue:
             return None
         body, cycle.body = bytes(cycle.body), bytearray()
-        cycle.message_event.clear()
+        cycle.message_event = cast("asyncio.Event", Signal())
         return body
 
     @override
@@ -66,6 +66,11 @@ class CycleInbox(Inbox):
             asyncio.get_running_loop().call_soon(self.tell_left)
         else:
             self._cycle.flow.resume_reading()  # a long body pauses it, and who does not read hears nobody leave
+
+    @property
+    @override
+    def is_writable(self) -> bool:
+        return not self._cycle.flow.write_paused
 
     def tell_left(self) -> None:
         """Take in that the connection is lost, before its answer was complete or after."""
@@ -112,12 +117,25 @@ class OneAtATime(Leaving, HttpToolsProtocol):
     it takes the body of a request that offers an upgrade for the next request. Neither is something we need.
     """
 
+    # uvicorn's attributes too: there are more than 30, and a dict of so many takes 1,600 bytes of every connection.
+    __slots__ = (
+        "_inbox", "_kept_since", "_note_refusal", "access_log", "access_logger", "app", "app_state", "asgi_version",
+        "client", "config", "connections", "cycle", "expect_100_continue", "flow", "headers", "limit_concurrency",
+        "logger", "loop", "parser", "pipeline", "root_path", "scheme", "scope", "server", "server_state", "tasks",
+        "timeout_keep_alive", "timeout_keep_alive_task", "transport", "url", "ws_protocol_class",
+    )  # fmt: skip
+
     def __init__(self, *args: Any, note_refusal: Callable[..., None] | None = None, **options: Any) -> None:  # noqa: ANN401  uvicorn's
         super().__init__(*args, **options)
         self._note_refusal = note_refusal
         self._inbox: CycleInbox | None = None
         self._kept_since = math.inf
         self.pipeline = _no_pipeline()
+
+    @override
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
+        super().connection_made(transport)
+        self.flow = Flow(transport)
 
     @override
     def on_message_begin(self) -> None:

@@ -39,9 +39,7 @@ async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: f
 
     Raises BodyUnsupported, BodyTooLarge (by its announced length already), BodyTimeout or ClientLeft.
     """
-    _require_json(headers)
-    announced = next((value for name, value in headers if name == b"content-length"), b"0")
-    if int(announced) > most:
+    if _announced_json(headers) > most:
         raise BodyTooLarge(most)
     if isinstance(receive, Inbox) and (body := receive.take_body()) is not None:
         if len(body) > most:
@@ -65,15 +63,20 @@ async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: f
         raise BodyTimeout from error
 
 
-def _require_json(headers: Headers) -> None:
+def _announced_json(headers: Headers) -> int:
+    """Give the length of the JSON body that is announced, 0 where none is. Raises BodyUnsupported."""
+    length = 0
     for name, value in headers:
-        if name == b"content-type":
+        if name == b"content-length":
+            length = int(value)
+        elif name == b"content-type":
             media, _, parameters = value.lower().partition(b";")
             charset = parameters.replace(b" ", b"").replace(b'"', b"")
             if media.strip() != b"application/json" or charset not in (b"", b"charset=utf-8"):
                 raise BodyUnsupported("Send Content-Type: application/json.")
         elif name == b"content-encoding" and value.lower() != b"identity":
             raise BodyUnsupported("Send the body without a content coding.")
+    return length
 
 
 class ClientPresent:
@@ -175,7 +178,8 @@ class Relay:
     async def _relay_run(
         self, request: UpstreamRequest, deadlines: Deadlines, lease: Lease, receive: Receive, send: Send, run: Run
     ) -> None:
-        stream = Stream(run, self._rules, send) if run.wish is not None else None
+        inbox = receive if isinstance(receive, Inbox) else None
+        stream = Stream(run, self._rules, send, inbox) if run.wish is not None else None
         exchange: Exchange | None = None
         kept = False
         started = asyncio.get_running_loop().time()
@@ -183,6 +187,7 @@ class Relay:
         try:
             with ClientPresent(receive, deadlines.total):
                 exchange = await self._upstream.start(request, deadlines)
+                del request  # which an open stream need not hold
                 await (_pass(exchange, send, run.spending) if stream is None else stream.deliver(exchange))
         except ClientLeft:
             spent = asyncio.get_running_loop().time() - started

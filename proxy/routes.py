@@ -15,7 +15,7 @@ from proxy.admission import Limits
 from proxy.agui import bind_ag_ui
 from proxy.authorization import Permit, authorize
 from proxy.errors import MethodNotAllowed, NotFound
-from proxy.forwarding import client_query, request_upstream, stop_upstream
+from proxy.forwarding import client_query, request_upstream, stop_upstream, trail_of
 from proxy.listing import Gathering, encode_listing, page_of, select
 from proxy.model import (
     BODY_FOLLOWS,
@@ -72,16 +72,21 @@ class Phases:
         body, thread_id = bind_run(body, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body, thread_id=thread_id)
         run = self._run(permit, thread_id, lease, scope, request)
-        del body  # an open stream holds it once, not three times
-        await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
+        relaying = self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
+        scope["headers"].clear()
+        del body, request, run  # an open stream holds nothing of its request, which is upstream
+        await relaying
 
     async def ag_ui(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind a run in AG-UI's form, then relay its answer, which is server-sent events already."""
-        raw = await self._read(scope, receive)
-        body, thread_id = bind_ag_ui(raw, tag=tag, rules=self.run_rules, new_name=self.new_name)
+        body = await self._read(scope, receive)
+        body, thread_id = bind_ag_ui(body, tag=tag, rules=self.run_rules, new_name=self.new_name)
         request = self._upstream(permit, scope, body=body, thread_id=thread_id)
         run = replace(self._run(permit, thread_id, lease, scope, request), wish=Wish.AG_UI)
-        await self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
+        relaying = self.relay.relay(request, self.run_deadlines, lease, receive, send, run=run)
+        scope["headers"].clear()
+        del body, request, run
+        await relaying
 
     async def control(self, permit: Permit, tag: str, lease: Lease, scope: Scope, receive: Receive, send: Send) -> None:
         """Read and bind what acts on a thread, then relay its answer."""
@@ -149,7 +154,8 @@ class Phases:
         streams = permit.operation.scope == STREAM
         form: Form = "ag-ui" if permit.operation.kind is Kind.AG_UI else "stream" if streams else "answer"
         spending = Spending(reader_for(form, asked=request.body), lease, record)
-        stop = partial(stop_upstream, permit, self.identity.token, thread_id=thread_id, run=request)
+        headers = trail_of(request.headers) if streams else request.headers  # a stream is open for long
+        stop = partial(stop_upstream, permit, self.identity.token, thread_id, headers)
         return Run(record, thread_id, stop, wish_of(scope["headers"]) if streams else None, spending)
 
 

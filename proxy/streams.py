@@ -6,7 +6,7 @@ Decides nothing about lines (`framing` does) and nothing about when to end.
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from proxy.aguievents import AgUiLines
@@ -14,7 +14,7 @@ from proxy.ends import End
 from proxy.errors import BudgetSpentMidway
 from proxy.forwarding import downstream_headers
 from proxy.framing import PING, ErrorLines, EventFrames, LineTooLongError, RawLines
-from proxy.model import Exchange, FlowRules, Headers, Send
+from proxy.model import Exchange, FlowRules, Headers, Inbox, Message, Send
 from proxy.negotiation import EVENTS_TYPE, LINES_TYPE, Wish, are_lines, may_be_lines
 from proxy.outages import LineTooLong, RunRefused, require_trust
 from proxy.runs import Run
@@ -26,13 +26,20 @@ _LAST_WORDS_SECONDS: Final = 1.0
 
 
 class Stream:
-    """One stream: what of it has been written, and how the rest will be."""
+    """One stream: what of it has been written, and how the rest will be. Implements `model.Outlet`.
 
-    def __init__(self, run: Run, rules: FlowRules, send: Send) -> None:
+    What arrives is passed on in upstream's own callback while the client reads, for as long as `inbox` tells that it
+    does; else by this stream's task.
+    """
+
+    def __init__(self, run: Run, rules: FlowRules, send: Send, inbox: Inbox | None = None) -> None:
         request_id = run.record.request_id.decode()
         self._run = run
         self._rules = rules
         self._send = send
+        self._inbox = inbox
+        self._form: Callable[[bytes], bytes] | None = None
+        """Gives what can be written of what has arrived; known once it is."""
         self._errors = ErrorLines(request_id, rules.error_detail, self._tell)
         self._frames = EventFrames(request_id, self._errors, rules.max_line) if run.wish is Wish.EVENTS else None
         self._begun = False
@@ -92,11 +99,13 @@ class Stream:
                 if data or exchange.ended:  # nudged: a comment could fall into the middle of one of its lines
                     await self._write(data, more=not exchange.ended)
             return
+        self._form = frames.feed
         try:
             body = frames.feed(first)
             while not exchange.ended:
                 if body:
                     await self._write(body)
+                del body  # others are passed on, and this one would be held
                 data = self._noted(await self._next(exchange))
                 body = frames.feed(data) if data or exchange.ended else PING
             body += frames.finish()
@@ -119,12 +128,13 @@ class Stream:
             if verdict:
                 headers = [(n, v) for n, v in headers if n != b"content-type"] + [(b"content-type", LINES_TYPE)]
         await self._begin(_OK, headers)
+        self._form = lines.feed
         body = lines.feed(first) if first else b""
-        send, feed = self._send, lines.feed
         while not exchange.ended:
             if body:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            body = feed(self._noted(await self._next(exchange)))
+                await self._write(body)
+            del body  # others are passed on, and this one would be held
+            body = lines.feed(self._noted(await self._next(exchange)))
         body += lines.finish()
         self._settle()
         await self._write(body, more=False)
@@ -132,7 +142,20 @@ class Stream:
     def _next(self, exchange: Exchange) -> Awaitable[bytes]:
         if self._overspent:
             raise BudgetSpentMidway
-        return exchange.read()
+        return exchange.read(self)
+
+    @property
+    def is_open(self) -> bool:
+        """See `model.Outlet`."""
+        return self._form is not None and self._inbox is not None and self._inbox.is_writable
+
+    def pass_on(self, data: bytes) -> None:
+        """See `model.Outlet`."""
+        assert self._form is not None  # noqa: S101  it is open
+        if body := self._form(self._noted(data)):
+            _send_now(self._send, {"type": "http.response.body", "body": body, "more_body": True})
+        if self._overspent:
+            raise BudgetSpentMidway
 
     def _noted(self, data: bytes) -> bytes:
         self._overspent = not self._run.spending.take(data) and self._rules.stop_over_budget
@@ -155,6 +178,7 @@ class Stream:
         if self._frames is not None:
             head = [field for field in head if field[0] not in (b"content-type", b"content-length")]
             head.append((b"content-type", EVENTS_TYPE + b"; charset=utf-8"))
+        headers.clear()  # an open stream needs them no more
         await self._send({"type": "http.response.start", "status": status, "headers": head})
 
     async def _write(self, body: bytes, *, more: bool = True) -> None:
@@ -162,6 +186,16 @@ class Stream:
 
     def _tell(self, said: dict[str, Any]) -> None:
         log.warning("run.failed", extra={"fields": {"request_id": self._run.record.request_id.decode(), "said": said}})
+
+
+def _send_now(send: Send, message: Message) -> None:
+    """Send to a client that reads: nothing is waited for, so it can be done outside of any task."""
+    sending = send(message).__await__()
+    try:
+        next(sending)
+    except StopIteration:
+        return
+    raise RuntimeError("the server waits, and said it would not")
 
 
 class _Heart:

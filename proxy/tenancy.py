@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, cast
 
 import pydantic_core
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
@@ -256,11 +256,12 @@ def check_state(state: Mapping[str, Any] | None, where: str) -> None:
 
 def validate_body[Body: BaseModel](model: type[Body], value: dict[str, Any]) -> Body:
     """Read a decoded object as `model`. Raises BodyInvalid, which tells the first few faults."""
-    if unknown := value.keys() - _members_of(model):
+    if not value.keys() <= _members_of(model):
+        unknown = value.keys() - _members_of(model)
         named = ", ".join(sorted(unknown)[:5])[:200] if len(unknown) <= _TELLABLE else f"{len(unknown)} of them"
         raise BodyInvalid(f"unknown members: {named}.")
     try:
-        return model.model_validate(value)
+        return cast("Body", model.__pydantic_validator__.validate_python(value))
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)[:5]
         told = (f"{'.'.join(str(part)[:64] for part in fault['loc'])}: {fault['msg']}" for fault in faults)

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from proxy.answers import Answer
-from proxy.errors import Problem
 from proxy.forwarding import encode_request
-from proxy.model import Deadlines, Headers, UpstreamRequest
+from proxy.model import Deadlines, Headers, Outlet, UpstreamRequest
 from proxy.origin import Origin
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamProblem
 
@@ -62,15 +61,10 @@ class Connection(asyncio.Protocol):
         """Whether bytes can still be exchanged."""
         return self._transport is not None
 
-    def pause(self) -> None:
-        """Stop reading, so that the sidecar is held back."""
+    def hold_back(self, *, held: bool) -> None:
+        """Read no more, so that the sidecar is held back; or read on."""
         if self._transport is not None:
-            self._transport.pause_reading()
-
-    def resume(self) -> None:
-        """Read on."""
-        if self._transport is not None:
-            self._transport.resume_reading()
+            (self._transport.pause_reading if held else self._transport.resume_reading)()
 
     # What the event loop calls.
 
@@ -100,6 +94,7 @@ class PooledExchange:
         self._answer = Answer()
         self._failure: Exception | None = None
         self._waiter: asyncio.Future[bool] | None = None
+        self._outlet: Outlet | None = None
         self._paused = False
         self.ended = False
         """See `model.Exchange.ended`."""
@@ -129,11 +124,11 @@ class PooledExchange:
                 return False
         return True
 
-    async def read(self) -> bytes:
+    async def read(self, outlet: Outlet | None = None) -> bytes:
         """See `model.Exchange.read`."""
         answer = self._answer
         while not answer.waiting and not answer.complete:
-            if not await self._more():
+            if not await self._more(outlet):
                 return b""
         if answer.complete:
             self.ended = True
@@ -141,7 +136,7 @@ class PooledExchange:
             self._part(reusable=answer.persistent and not answer.surplus and answer.status < _FAILED)
         elif self._paused and self._connection is not None:
             self._paused = False
-            self._connection.resume()
+            self._connection.hold_back(held=False)
         self.active = self._loop.time()
         return answer.take()
 
@@ -159,14 +154,19 @@ class PooledExchange:
     def feed(self, data: bytes) -> None:
         """Take in what arrived."""
         self.active = self._loop.time()
+        answer, outlet, waiter = self._answer, self._outlet, self._waiter
+        is_awaited = outlet is not None and waiter is not None and not waiter.done()
         try:
-            self._answer.feed(data)
-        except Problem as problem:
-            self.fail(problem)
+            answer.feed(data)
+            if outlet is not None and is_awaited and answer.waiting and not answer.complete and outlet.is_open:
+                outlet.pass_on(answer.take())
+                return
+        except Exception as error:  # noqa: BLE001  it is raised where the bytes are waited for
+            self.fail(error)
             return
-        if self._answer.waiting > MAX_WAITING_BYTES and not self._paused and self._connection is not None:
+        if answer.waiting > MAX_WAITING_BYTES and not self._paused and self._connection is not None:
             self._paused = True
-            self._connection.pause()
+            self._connection.hold_back(held=True)
         self._wake()
 
     def cut(self, reason: str) -> None:
@@ -185,9 +185,10 @@ class PooledExchange:
 
     # Inside.
 
-    def _more(self) -> asyncio.Future[bool]:
+    def _more(self, outlet: Outlet | None = None) -> asyncio.Future[bool]:
         if self._failure is not None:
             raise self._failure
+        self._outlet = outlet
         self._waiter = self._loop.create_future()
         return self._waiter
 
@@ -200,7 +201,7 @@ class PooledExchange:
         connection, self._connection = self._connection, None
         if connection is not None:
             if self._paused:
-                connection.resume()
+                connection.hold_back(held=False)
             connection.end(reusable=reusable)
 
     def _check_deadlines(self) -> None:

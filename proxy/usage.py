@@ -148,29 +148,32 @@ class StreamReader:
         return self._tally.turns
 
     def feed(self, chunk: bytes) -> None:
-        first = chunk.find(b"\n")
-        if self._unfinished is None and first == len(chunk) - 1 and first <= HELD_BYTES:
-            # One line and no more, as the sidecar sends them; mostly one that differs from the last in its text alone.
-            if chunk.startswith(self._prefix) and chunk.endswith(self._tail):
-                end = chunk.rfind(_DELTA, first - self._reach)
-                if end > 0:
-                    self._tally.add_delta(self._id, max(end - self._begin, 0))
-                    return
-            self._read(chunk)
+        begin, end = 0, chunk.find(b"\n") + 1
+        if end == len(chunk) and self._unfinished is None and end <= HELD_BYTES and end:
+            self._take(chunk)  # one line and no more, as the sidecar sends them
             return
-        lines = chunk.split(b"\n")
-        rest = lines.pop()
-        for line in lines:
+        while end:
+            line = chunk[begin:end]
             if self._unfinished is None and len(line) <= HELD_BYTES:
-                self._read(line)
+                self._take(line)
             else:
                 self._hold(line)
                 self._finish()
-        if rest:
-            self._hold(rest)
+            begin, end = end, chunk.find(b"\n", end) + 1
+        if begin < len(chunk):
+            self._hold(chunk[begin:])
 
     def usage(self) -> Usage | None:
         return self._tally.usage()
+
+    def _take(self, line: bytes) -> None:
+        """Take in a line; mostly it is one that differs from the last in its text and its time alone."""
+        if line.startswith(self._prefix) and line.endswith(self._tail):
+            delta = line.find(_DELTA, -self._reach)
+            if delta > 0:
+                self._tally.add_delta(self._id, max(delta - self._begin, 0))
+                return
+        self._read(line)
 
     def _hold(self, part: bytes) -> None:
         if self._unfinished is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from proxy.ends import End
 from proxy.leases import NoLease
-from proxy.model import Deadlines, FlowRules, Headers, Record, UpstreamRequest
+from proxy.model import Deadlines, FlowRules, Headers, Outlet, Record, UpstreamRequest
 from proxy.negotiation import Wish
 from proxy.runs import Run, Spending
 from proxy.usage import reader_for
@@ -77,7 +77,7 @@ class FakeExchange:
     def nudge(self) -> None:
         self.nudged.set()
 
-    async def read(self) -> bytes:
+    async def read(self, outlet: Outlet | None = None) -> bytes:
         while self.parts:
             part = self.parts.pop(0)
             if isinstance(part, Exception):

@@ -152,7 +152,7 @@ class OneAtATime(Leaving, HttpToolsProtocol):
             super().on_headers_complete()
         else:
             super().on_headers_complete()
-            self.headers = []  # for trailers, which are no header fields (RFC 9110 §6.5.1): the scope keeps its own list
+            self.headers = []  # for trailers, no header fields (RFC 9110 §6.5.1); the scope keeps its own
 
     @override
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:

@@ -5,6 +5,7 @@ An address is what one subscriber has. Decides nothing about credentials.
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
@@ -43,6 +44,7 @@ class Failures:
         raise refusal(self._plan, standings, fields_of(self._plan, standings))
 
 
+@lru_cache(_REMEMBERED_ADDRESSES)
 def address_partition(address: str) -> str:
     """Give what an address counts as: itself, or its /64 for IPv6 (one subscriber's, RFC 6177)."""
     host, _, port = address.rpartition(":")

@@ -7,7 +7,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from itertools import batched
+from itertools import batched, chain
 from typing import Final
 
 from proxy.debts import Debts
@@ -97,11 +97,10 @@ class Outstanding:
 
     async def settle(self, *, everything: bool) -> None:
         """Free what has ended, and charge what is owed, for runs that go on now and then only. Raises RedisDown."""
-        await _each(map(self._release_at, list(self._freed)))
         over, self._over = self._over, set()
         if everything or self._ticks() - self._paid >= CHARGE_SECONDS:
             over, self._paid = set(self.debts.keys()), self._ticks()
-        await _each(map(self._charge_at, over))
+        await _each(chain(map(self._release_at, list(self._freed)), map(self._charge_at, over)))
 
     async def _renew_at(self, key: str) -> None:
         for ids in batched(list(self._held.get(key, ())), MOST_IDS, strict=False):

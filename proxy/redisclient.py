@@ -221,7 +221,7 @@ class Courier:
             batch, self._waiting = self._waiting[:MOST_AT_ONCE], self._waiting[MOST_AT_ONCE:]
             try:
                 answers = await self._within_deadline(batch)
-            except FAULTS as error:
+            except Exception as error:  # noqa: BLE001  or else who waits would be cancelled, as if the process ended
                 self.failures += 1
                 failed, self._waiting = batch + self._waiting, []
                 for call in failed:

@@ -107,14 +107,16 @@ class AnswerReader:
         self.turns = tally.turns
         return tally.usage()
 
-    def _reported(self, messages: list[dict[str, Any]]) -> Usage | None:
-        """Give the sum where each message of the assistant came once, whole, and told what it used.
+    def _reported(self, messages: list[Any]) -> Usage | None:
+        """Give the sum where each message of the assistant came once, whole, and told what it used; else None.
 
         That is what a provider's answers do; then nobody asks how much text there is.
         """
         names: set[str] = set()
         read = written = total = 0
         for message in messages:
+            if not isinstance(message, dict):
+                return None
             if message.get("role") == "assistant":
                 name, usage = message.get("message_id"), reported(message.get("usages"))
                 if usage is None or not isinstance(name, str) or name in names or message.get("delta") is True:

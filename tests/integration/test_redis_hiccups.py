@@ -11,7 +11,7 @@ from proxy.localtier import LocalTier
 from proxy.model import CredentialKind, Principal
 from proxy.operations import OPERATIONS
 from proxy.outages import RedisDown
-from proxy.redisclient import Courier
+from proxy.redisclient import Courier, read_script
 from proxy.redistier import SharedTier
 from tests.support.redis import Redis, running_redis
 
@@ -105,3 +105,19 @@ async def test_a_deadline_longer_than_a_second_is_kept() -> None:
             admitted, _ = await shared.decide(plan, [f"{{a}}:{quota.key}" for quota in plan.quotas], "lease")
 
     assert admitted
+
+
+async def test_what_cannot_be_sent_is_an_outage_and_no_cancellation() -> None:
+    """Whatever the library raises, whoever waits is told RedisDown; who asks next is served."""
+    script = read_script("release")
+    with running_redis() as redis:
+        courier = Courier(redis.url, timeout=5)
+        try:
+            waiting = [courier.run(script, [key], ["lease"]) for key in ("p:a", "p:\ud800", "p:b")]
+            told = await asyncio.gather(*waiting, return_exceptions=True)
+            after = await courier.run(script, ["p:c"], ["lease"])
+        finally:
+            await courier.close()
+
+    assert [type(each) for each in told] == [RedisDown] * 3
+    assert after

@@ -116,3 +116,12 @@ def test_two_subscribers_are_two_partitions(one: IPv4Address | IPv6Address, othe
 def test_any_address_is_a_partition(address: str) -> None:
     """No address fails, and no partition is empty."""
     assert address_partition(address)
+
+
+def test_an_address_is_taken_apart_once() -> None:
+    """Every request with a key asks what its address counts as, and a caller has the same one for long."""
+    address_partition("198.51.100.7")
+    before = address_partition.cache_info().misses
+
+    assert address_partition("198.51.100.7") == "198.51.100.7"
+    assert address_partition.cache_info().misses == before

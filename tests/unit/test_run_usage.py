@@ -261,6 +261,17 @@ def test_an_answer_without_messages_says_nothing(body: bytes) -> None:
     assert fed("answer", body).usage() is None
 
 
+def test_what_is_no_message_hides_no_reported_usage() -> None:
+    """What a provider reported is charged, whatever stands beside it in the list."""
+    body = answer(message("assistant", "x", used=usages(9_000, 7))).replace(b'],"state"', b',5],"state"')
+
+    usage = fed("answer", body).usage()
+
+    assert usage is not None
+    assert usage.input_tokens >= 9_000
+    assert usage.estimated
+
+
 def test_what_cannot_be_parsed_is_estimated() -> None:
     """A lone surrogate is no JSON to us, but a model spoke: that is not for nothing."""
     body = lines(event("message", said=message("assistant", "x", number=1))).replace(b'"x"', b'"\\ud800"')

@@ -45,6 +45,7 @@ class Signal:
     async def wait(self) -> None:
         """Wait until it is set."""
         if not self._is_set:
+            assert self._waiter is None or self._waiter.done()  # noqa: S101  a second one would never be told
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
 
@@ -56,6 +57,7 @@ class Flow(FlowControl):
         self._transport = transport
         self.read_paused = self.write_paused = False
         self._is_writable_event = cast("asyncio.Event", Signal())
+        self._is_writable_event.set()
 
 
 class Outbox:

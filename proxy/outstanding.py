@@ -4,6 +4,7 @@ Decides nothing, and forgets nothing that could not be told: it is told next tim
 """
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -64,7 +65,7 @@ class Outstanding:
 
     def doubt(self) -> None:
         """Renew every lease next time: who knows what Redis still knows."""
-        self._renewed = 0
+        self._renewed = -math.inf
 
     def free(self, key: str, lease: str) -> None:
         """Free a slot, whether it is held or nobody knows."""

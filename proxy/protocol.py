@@ -9,7 +9,7 @@ import math
 import select
 from collections import deque
 from collections.abc import Awaitable, Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Final, cast, override
 
 import pydantic_core
@@ -102,7 +102,7 @@ def _no_pipeline() -> deque[Any]:
     return deque()
 
 
-@cache
+@lru_cache(1)
 def _done(loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
     """Give what every answer of this loop awaits when there is nothing to wait for."""
     future: asyncio.Future[None] = loop.create_future()
@@ -226,10 +226,12 @@ class OneAtATime(Leaving, HttpToolsProtocol):
             self._note_refusal(self.client, reason=msg, sent=len(body))
 
     def close_idle(self) -> None:
-        """Close between two requests, unless the next is here already, not yet read."""
+        """Close between two requests, unless the next is here already, not yet read; half a head is none."""
+        if self._is_answering():
+            return
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
-        if not self._is_answering() and not poll.poll(0):
+        if not poll.poll(0):
             self.transport.close()
 
     def _is_answering(self) -> bool:

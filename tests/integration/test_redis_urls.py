@@ -138,6 +138,7 @@ async def heard(url: str) -> bool:
 async def check(url: str) -> None:
     """Hold that limits at `url` are exact, for one caller, for a tenant and over all."""
     async with four_at(url, SINGLE) as four:
+        await four.until_degraded(degraded=False)  # to connect may take longer than a start waits
         most = await asyncio.gather(*(four.admitted(f"run-{who}", 300) for who in "abc"))
         await four.end()
         again = await four.admitted("run-a", 300)
@@ -146,6 +147,7 @@ async def check(url: str) -> None:
         assert not any(each.is_degraded for each in four.limits)
     assert (most, again, total) == ([7, 7, 7], 7, 40)
     async with four_at(url, TOGETHER) as four:
+        await four.until_degraded(degraded=False)  # to connect may take longer than a start waits
         members = await asyncio.gather(*(four.admitted(f"member-{who}", 100) for who in "abc"))
         await four.end()
         later = sum([await four.admitted(f"guest-{number}", 4, ends=True) for number in range(20)])
@@ -185,6 +187,7 @@ async def test_a_cluster_over_tls(cluster: list[Redis], authority: Authority) ->
         await until(lambda: all(str(port) in node.ask_text("CLUSTER NODES") for node in cluster for port in ports))
         try:
             async with four_at(f"rediss+cluster://127.0.0.1:{ports[0]}?ssl_ca_certs={authority.ca}", SINGLE) as four:
+                await four.until_degraded(degraded=False)
                 assert await four.admitted("secured", 100) == 7
                 assert not any(each.is_degraded for each in four.limits)
                 await four.end()
@@ -217,6 +220,7 @@ async def test_leases_in_a_cluster_are_renewed_while_a_master_is_away_and_counts
     """A master that hangs takes all with it: each proxy enforces its share until it is back, and tells it all then."""
     url = "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in cluster)
     async with four_at(url, SINGLE, timeout=0.75, lease_seconds=2) as four:
+        await four.until_degraded(degraded=False)
         assert await four.admitted("long", 1) == 1
         before = [await four.admitted("steady", 2, at=number, ends=True) for number in range(4)]
         await until(lambda: not any(each._shared._outstanding._freed for each in four.limits if each._shared))

@@ -164,10 +164,10 @@ class Stub(asyncio.Protocol):
 async def serve(port: int, path: str | None = None) -> None:
     """Listen on 127.0.0.1, and on the Unix socket `path` too, until the process is stopped."""
     loop = asyncio.get_running_loop()
+    servers = [await loop.create_server(Stub, "127.0.0.1", port, backlog=4096)]  # held: uvloop closes what nobody holds
     if path is not None:
-        await loop.create_unix_server(Stub, path, backlog=4096)
-    server = await loop.create_server(Stub, "127.0.0.1", port, backlog=4096)
-    await server.serve_forever()
+        servers.append(await loop.create_unix_server(Stub, path, backlog=4096))
+    await asyncio.gather(*(server.serve_forever() for server in servers))
 
 
 if __name__ == "__main__":

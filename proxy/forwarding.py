@@ -24,7 +24,7 @@ HOP_BY_HOP: Final = frozenset(
 """RFC 9110 §7.6.1."""
 NOT_DOWNWARD: Final = HOP_BY_HOP | frozenset(
     {b"date", b"server", b"set-cookie", b"x-request-id", b"www-authenticate", b"location", b"content-security-policy",
-     b"cache-control", b"alt-svc", b"strict-transport-security",
+     b"cache-control", b"alt-svc", b"strict-transport-security", b"clear-site-data", b"refresh",
      b"ratelimit", b"ratelimit-policy"}
 )  # fmt: skip
 """The sidecar's fields that are about itself."""

@@ -258,7 +258,8 @@ def test_what_comes_back_is_not_about_the_hop(headers: Headers) -> None:
     ["connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
      "transfer-encoding", "upgrade", "set-cookie", "server", "date", "www-authenticate", "location", "x-accel-redirect",
      "x-accel-buffering", "cache-control", "x-request-id", "alt-svc", "strict-transport-security",
-     "content-security-policy", "access-control-allow-origin", "access-control-allow-credentials"],
+     "clear-site-data", "refresh", "content-security-policy", "access-control-allow-origin",
+     "access-control-allow-credentials"],
 )  # fmt: skip
 def test_the_sidecars_own_fields_stay_behind(name: str) -> None:
     """Each of these is about the sidecar, or would steer whoever stands before us."""

@@ -5,8 +5,11 @@ mean.
 """
 
 import asyncio
+import contextlib
 import math
+import os
 import select
+import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import cache, lru_cache
@@ -229,9 +232,12 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         """Close between two requests, unless the next is here already, not yet read; half a head is none."""
         if self._is_answering():
             return
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket").fileno(), select.POLLIN)
+        poll, descriptor = select.poll(), self.transport.get_extra_info("socket").fileno()
+        poll.register(descriptor, select.POLLIN)
         if not poll.poll(0):
+            # To close takes the loop another turn, in which a request could come that nobody reads.
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as same:
+                same.shutdown(socket.SHUT_WR)
             self.transport.close()
 
     def _is_answering(self) -> bool:

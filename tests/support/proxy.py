@@ -42,8 +42,8 @@ class Proxy:
         return f"http://{started['metrics']}/metrics"
 
     def has_answered(self) -> bool:
-        """Say whether a request has ended here."""
-        return any(line["event"] == "request.finished" for line in self.log_lines())
+        """Say whether a caller's request has ended here; whoever waited until it is ready has asked for its health."""
+        return any(line["event"] == "request.finished" and line["operation"] for line in self.log_lines())
 
     def line_of(self, **fields: object) -> dict[str, Any]:
         """Wait for the access line that has these fields: it is written after the answer's last byte."""

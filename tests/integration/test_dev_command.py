@@ -24,6 +24,7 @@ import pytest
 from proxy.cli import main
 from tests.support.agent import ask
 from tests.support.principals import Principals
+from tests.support.programs import require
 from tests.support.proxy import start_proxy, stop_proxy
 
 COMMAND = Path(sys.executable).with_name("agentflow-proxy")
@@ -143,9 +144,7 @@ def test_it_prints_what_is_needed_in_order(running: Dev) -> None:
 
 def test_the_lines_work_when_pasted(running: Dev) -> None:
     """A machine invokes, a person streams, and anybody else is refused."""
-    if shutil.which("curl") is None and "CI" not in os.environ:
-        # README asks for git, make and python3 alone, so curl may be absent; CI has it, or fails here.
-        pytest.skip("no curl here to paste the lines for")  # the proxy itself is asked by every other test
+    require("curl", package="curl")
     invoke, stream, refusal = running.curl_lines()
     status = " -w '\\n%{http_code}'"
 

@@ -263,8 +263,8 @@ class Exchange(Protocol):
     def nudge(self) -> None:
         """Let a waiting `head` or `read` return with nothing; does nothing when none waits."""
 
-    def abandon(self, reason: Exception) -> None:
-        """Close upstream at once; a waiting `read` raises `reason`."""
+    def abandon(self) -> None:
+        """Close upstream at once; a waiting `read` raises ClientLeft. Does nothing once the exchange has ended."""
 
 
 class Upstream(Protocol):

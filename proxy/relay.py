@@ -170,8 +170,7 @@ class Relay:
                 try:
                     await _pass(exchange, send)
                 finally:
-                    if not exchange.ended:
-                        exchange.abandon(ClientLeft())
+                    exchange.abandon()
         finally:
             lease.release()
 
@@ -196,7 +195,7 @@ class Relay:
         except (Problem, asyncio.CancelledError) as error:
             end = error.end if isinstance(error, Problem) else End.SHUTDOWN
             if exchange is not None:
-                exchange.abandon(ClientLeft())
+                exchange.abandon()
                 if end is End.BUDGET or (stream is None and end in _UNHEARD):
                     self.runs.stop(run)
             if stream is not None:
@@ -205,8 +204,8 @@ class Relay:
         finally:
             self.runs.end(run)
             if not kept:
-                if exchange is not None and not exchange.ended:
-                    exchange.abandon(ClientLeft())
+                if exchange is not None:
+                    exchange.abandon()
                 lease.release()
                 run.spending.settle()
 
@@ -224,7 +223,7 @@ class Relay:
                         raise UpstreamMalformed(reason="the answer is too long")
                 return exchange.status, bytes(body)
             finally:
-                exchange.abandon(ClientLeft())
+                exchange.abandon()
 
 
 async def _pass(exchange: Exchange, send: Send, spending: Spending | None = None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Final
 
-from proxy.errors import ClientLeft, Problem
+from proxy.errors import Problem
 from proxy.model import Deadlines, Exchange, FlowRules, Lease, Record, Upstream, UpstreamRequest
 from proxy.negotiation import Wish
 from proxy.usage import UsageReader
@@ -130,7 +130,7 @@ class Runs:
     async def close(self, seconds: float) -> None:
         """Give up what is kept, and wait at most `seconds` for what is being asked to stop."""
         for exchange in list(self._kept.values()):
-            exchange.abandon(ClientLeft())
+            exchange.abandon()
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
@@ -152,7 +152,7 @@ class Runs:
             pass  # nobody is left to be told
         finally:
             del self._kept[run]
-            exchange.abandon(ClientLeft())
+            exchange.abandon()
             lease.release()
             run.spending.settle()
             run.record.goes_on = False
@@ -170,7 +170,7 @@ class Runs:
                     while not exchange.ended:
                         await exchange.read()
                 finally:
-                    exchange.abandon(ClientLeft())
+                    exchange.abandon()
         except (Problem, TimeoutError) as error:
             reason = error.reason if isinstance(error, Problem) else "timeout"
         fields = {"request_id": run.record.request_id.decode(), "status": status, "reason": reason}

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Final, cast
 
 from proxy.answers import Answer
+from proxy.errors import ClientLeft
 from proxy.forwarding import encode_request
 from proxy.model import Deadlines, Headers, Outlet, UpstreamRequest
 from proxy.origin import Origin
@@ -140,10 +141,10 @@ class PooledExchange:
         self.active = self._loop.time()
         return answer.take()
 
-    def abandon(self, reason: Exception) -> None:
-        """See `model.Exchange.abandon`. Does nothing once the exchange has ended."""
+    def abandon(self) -> None:
+        """See `model.Exchange.abandon`."""
         if self._connection is not None:
-            self.fail(reason)
+            self.fail(ClientLeft())
 
     def nudge(self) -> None:
         """See `model.Exchange.nudge`."""

@@ -88,7 +88,7 @@ async def test_a_shutdown_at_any_await_leaves_nothing_behind(wish: Wish | None, 
     await course.settle()
 
     assert course.lease.released
-    assert course.exchange.is_over or not course.upstream.has_given
+    assert course.exchange.abandoned is not None or not course.upstream.has_given
     assert course.runs.pending == 0
     assert asyncio.all_tasks() == before
     started = bool(course.client.sent)
@@ -112,7 +112,7 @@ async def test_a_client_that_leaves_at_any_await_leaves_nothing_behind(wish: Wis
     assert course.lease.released
     assert course.runs.pending == 0
     assert asyncio.all_tasks() == before
-    assert course.exchange.is_over or not course.upstream.has_given
+    assert course.exchange.abandoned is not None or not course.upstream.has_given
     assert course.stops == (1 if wish is None and went_on and isinstance(outcome, ClientLeft) else 0)
 
 
@@ -148,7 +148,7 @@ async def test_an_invoke_that_was_left_is_given_up_at_its_deadline() -> None:
     while not course.lease.released:
         await asyncio.sleep(0.005)
 
-    assert course.exchange.is_over
+    assert course.exchange.abandoned is not None
 
 
 @pytest.mark.parametrize("asked", [True, False])
@@ -163,7 +163,7 @@ async def test_a_stream_that_was_left_is_stopped_too_where_that_is_set(asked: bo
     await course.settle()
 
     assert course.stops == int(asked)
-    assert course.exchange.is_over
+    assert course.exchange.abandoned is not None
     assert course.lease.released
 
 
@@ -232,7 +232,7 @@ async def test_a_client_that_does_not_read_holds_nothing_at_the_end(wish: Wish |
     with pytest.raises(RunDeadline):
         await course.task
 
-    assert course.exchange.is_over
+    assert course.exchange.abandoned is not None
     assert course.lease.released
     assert not course.client.is_complete
 

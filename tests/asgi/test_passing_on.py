@@ -10,7 +10,6 @@ import pytest
 
 from proxy.errors import BudgetSpentMidway
 from proxy.model import Deadlines
-from proxy.outages import UpstreamCut
 from proxy.upstream import MAX_WAITING_BYTES, Connection, PooledExchange
 
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -71,7 +70,7 @@ async def test_a_closed_outlet_leaves_the_bytes_to_who_waits_and_none_overtakes_
 
     assert sink.got == []
     assert await task == b"one" + b"x" * MAX_WAITING_BYTES
-    exchange.abandon(UpstreamCut())
+    exchange.abandon()
 
 
 async def test_a_read_that_was_cancelled_passes_nothing_on() -> None:
@@ -85,7 +84,7 @@ async def test_a_read_that_was_cancelled_passes_nothing_on() -> None:
 
     assert (task.cancelled(), sink.got) == (True, [])
     assert await exchange.read() == b"one"
-    exchange.abandon(UpstreamCut())
+    exchange.abandon()
 
 
 @pytest.mark.parametrize("fault", [BudgetSpentMidway(), ValueError("of the form")])

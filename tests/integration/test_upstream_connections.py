@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from proxy.errors import Problem
 from proxy.model import Deadlines, UpstreamRequest
 from proxy.outages import PoolExhausted, UpstreamCut, UpstreamDeadline, UpstreamMalformed, UpstreamProblem
 from proxy.upstream import MAX_WAITING_BYTES, Pool, PooledExchange
@@ -49,7 +48,7 @@ async def fetch(pool: Pool, deadlines: Deadlines = PATIENT) -> tuple[int, bytes]
             body += part
         return exchange.status, body
     finally:
-        exchange.abandon(Problem())
+        exchange.abandon()
 
 
 async def until(condition: object) -> None:
@@ -104,7 +103,7 @@ async def test_a_full_queue_of_a_unix_socket_is_waited_for(socket_path: Path) ->
             second.settimeout(5)
             with second:
                 assert second.recv(65_536).startswith(b"POST /v1/graph/invoke HTTP/1.1\r\nhost: localhost\r\n")
-            exchange.abandon(Problem())
+            exchange.abandon()
 
     assert caught.value.reason == "connect"
     assert pool.open == 0
@@ -421,7 +420,7 @@ async def test_an_ended_exchange_cannot_touch_the_next_one() -> None:
         while await first.read():
             pass
         second = await begin(pool)
-        first.abandon(Problem())
+        first.abandon()
 
         assert await second.read() == b"x"
         assert await second.read() == b""

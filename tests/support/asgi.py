@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from proxy.ends import End
+from proxy.errors import ClientLeft
 from proxy.leases import NoLease
 from proxy.model import Deadlines, FlowRules, Headers, Outlet, Record, UpstreamRequest
 from proxy.negotiation import Wish
@@ -92,14 +93,9 @@ class FakeExchange:
         self.ended = True
         return b""
 
-    def abandon(self, reason: Exception) -> None:
+    def abandon(self) -> None:
         if self.abandoned is None:
-            self.abandoned = reason
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it was read to its end or abandoned, as it must be."""
-        return self.ended or self.abandoned is not None
+            self.abandoned = ClientLeft()
 
 
 @dataclass

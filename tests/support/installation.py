@@ -8,6 +8,7 @@ import contextlib
 import secrets
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -161,6 +162,14 @@ class Installation:
             self.add_proxy()
         self.edge = self._start_nginx("edge", f"http://proxy:{self.proxy_port}")
         self.await_ready()
+
+    def await_work(self) -> None:
+        """Call until every agent has had a run since: the balancer passes over one that was away for two seconds."""
+        before, deadline = self.runs(), time.monotonic() + GRACE
+        with self.client("nobody-special") as client:
+            while any(runs == before[address] for address, runs in self.runs().items()):
+                assert time.monotonic() < deadline, (before, self.runs())
+                client.post("/agent/invoke", json={"text": "hi"}).raise_for_status()
 
     def await_ready(self) -> None:
         """Wait until both balancers have learnt where to go."""

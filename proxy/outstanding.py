@@ -87,21 +87,24 @@ class Outstanding:
 
     async def tell(self, *, everything: bool = False) -> None:
         """Tell what is due, and with `everything` all charges too. Raises RedisDown."""
-        if self._ticks() - self._renewed >= self._renew_seconds:
-            await self._renew_all()
-        await self.settle(everything=everything)
-
-    async def _renew_all(self) -> None:
-        """Renew every lease that is held: those Redis has lost as well."""
-        self._renewed = self._ticks()  # what is claimed from now on is told next time
-        await _each(map(self._renew_at, list(self._held)))
+        await _each(chain(self._renewals(), self._settlements(everything=everything)))
 
     async def settle(self, *, everything: bool) -> None:
         """Free what has ended, and charge what is owed, for runs that go on now and then only. Raises RedisDown."""
+        await _each(self._settlements(everything=everything))
+
+    def _renewals(self) -> Iterable[Awaitable[None]]:
+        """When it is time, renew every lease that is held: those Redis has lost as well."""
+        if self._ticks() - self._renewed < self._renew_seconds:
+            return ()
+        self._renewed = self._ticks()  # what is claimed from now on is told next time
+        return map(self._renew_at, list(self._held))
+
+    def _settlements(self, *, everything: bool) -> Iterable[Awaitable[None]]:
         over, self._over = self._over, set()
         if everything or self._ticks() - self._paid >= CHARGE_SECONDS:
             over, self._paid = set(self.debts.keys()), self._ticks()
-        await _each(chain(map(self._release_at, list(self._freed)), map(self._charge_at, over)))
+        return chain(map(self._release_at, list(self._freed)), map(self._charge_at, over))
 
     async def _renew_at(self, key: str) -> None:
         for ids in batched(list(self._held.get(key, ())), MOST_IDS, strict=False):

@@ -27,12 +27,17 @@ class OneDeaf:
         return "0 0 0"
 
 
+def telling(courier: OneDeaf, ticks: list[float]) -> Outstanding:
+    """Make what tells this courier, at the last of these times."""
+    return Outstanding(
+        cast("Courier", courier), name=str, note=lambda *_: None, lease_seconds=60, ticks=lambda: ticks[-1]
+    )
+
+
 async def test_a_slot_that_cannot_be_freed_holds_up_no_charge() -> None:
     """The others' masters are told what they must know, at the end of the process too."""
     courier = OneDeaf()
-    outstanding = Outstanding(
-        cast("Courier", courier), name=str, note=lambda *_: None, lease_seconds=60, ticks=lambda: 1000.0
-    )
+    outstanding = telling(courier, [1000.0])
     policy = Policy(name="tokens", rates=((10, 60),))
     [quota] = Policies([policy], read_rates=lambda _: ()).plan("invoke").quotas
     outstanding.free("gone", "lease")
@@ -40,5 +45,19 @@ async def test_a_slot_that_cannot_be_freed_holds_up_no_charge() -> None:
 
     with pytest.raises(RedisDown):
         await outstanding.settle(everything=True)
+
+    assert courier.told == ["here"]
+
+
+async def test_a_slot_that_cannot_be_renewed_holds_up_no_freed_one() -> None:
+    """Who waits for a slot on another master gets it, although the renewals come first and fail."""
+    courier, ticks = OneDeaf(), [1000.0]
+    outstanding = telling(courier, ticks)
+    outstanding.hold("gone", "held")
+    outstanding.free("here", "freed")
+    ticks.append(1000.0 + 60)
+
+    with pytest.raises(RedisDown):
+        await outstanding.tell()
 
     assert courier.told == ["here"]

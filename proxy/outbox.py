@@ -6,9 +6,8 @@ Says what uvicorn's own `send` says (RFC 9112 §6, §7), with its checks. Knows 
 import asyncio
 from collections.abc import Awaitable
 from functools import lru_cache
-from typing import Final, cast
+from typing import Final
 
-from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HEADER_RE, STATUS_LINE, RequestResponseCycle
 
 from proxy.model import BODY_FOLLOWS, Headers, Message
@@ -21,43 +20,6 @@ _CHUNKED: Final = (b"transfer-encoding: ", b"chunked", b"\r\n")
 _FRAMING: Final = frozenset({b"content-length", b"transfer-encoding", b"connection"})
 _MOST_NAMES: Final = 256
 """Of fields, that need not be looked at again."""
-
-
-class Signal:
-    """An `asyncio.Event` for one task that waits. That one's deque takes 760 bytes of every open stream."""
-
-    __slots__ = ("_is_set", "_waiter")
-
-    def __init__(self) -> None:
-        self._is_set = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def set(self) -> None:
-        """Let the task go on, now or when it comes to wait."""
-        self._is_set = True
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def clear(self) -> None:
-        """Have it wait again."""
-        self._is_set = False
-
-    async def wait(self) -> None:
-        """Wait until it is set."""
-        if not self._is_set:
-            assert self._waiter is None or self._waiter.done()  # noqa: S101  a second one would never be told
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-
-
-class Flow(FlowControl):
-    """uvicorn's flow control, with a `Signal`."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-        self.read_paused = self.write_paused = False
-        self._is_writable_event = cast("asyncio.Event", Signal())
-        self._is_writable_event.set()
 
 
 class Outbox:
@@ -96,7 +58,7 @@ class Outbox:
         elif kind == "http.response.start" and not cycle.response_started:
             cycle.response_started = True
             cycle.waiting_for_100_continue = False
-            head = self._encode_head(message["status"], message["headers"])
+            head = self._encode_head(message["status"], message.get("headers", []))
             if BODY_FOLLOWS in message:
                 self._head = head
             else:

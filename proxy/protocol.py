@@ -25,7 +25,8 @@ from websockets.server import ServerProtocol
 
 from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
-from proxy.outbox import Flow, Outbox, Signal
+from proxy.outbox import Outbox
+from proxy.signals import Flow, Signal
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
 _SWITCHING: Final = 101

@@ -37,6 +37,6 @@ of which `notices` tell every proxy.
 `livecheck` asks everything that this proxy depends on how it is.
 `settings`, `tokensettings`, `limitsettings`, `flowsettings`, `exchangesettings` and `overloadsettings`, which
 `environment` reads and `reload` reads again, `app` (with FastAPI's `application`), `openapi` (and its `docspage`),
-`server` (with `protocol`, its `outbox` and `signals`, and `workers` where there are several), `cli`, `limitcommands`
-and `dev` build the house and open the door.
+`server` (with `protocol`, its `outbox`, `signals` and `partings`, and `workers` where there are several), `cli`,
+`limitcommands` and `dev` build the house and open the door.
 """

@@ -5,11 +5,7 @@ mean.
 """
 
 import asyncio
-import contextlib
 import math
-import os
-import select
-import socket
 from collections import deque
 from collections.abc import Awaitable, Callable
 from functools import cache, lru_cache
@@ -26,6 +22,7 @@ from websockets.server import ServerProtocol
 from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
 from proxy.outbox import Outbox
+from proxy.partings import end_idle
 from proxy.signals import Flow, Signal
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
@@ -230,16 +227,9 @@ class OneAtATime(Leaving, HttpToolsProtocol):
             self._note_refusal(self.client, reason=msg, sent=len(body))
 
     def close_idle(self) -> None:
-        """Close between two requests, unless the next is here already, not yet read; half a head is none."""
-        if self._is_answering():
-            return
-        poll, descriptor = select.poll(), self.transport.get_extra_info("socket").fileno()
-        poll.register(descriptor, select.POLLIN)
-        if not poll.poll(0):
-            # To close takes the loop another turn, in which a request could come that nobody reads.
-            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as same:
-                same.shutdown(socket.SHUT_WR)
-            self.transport.close()
+        """End the connection if it is between two requests."""
+        if not self._is_answering():
+            end_idle(self.transport)
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -29,7 +29,7 @@ from tests.support.proxy import Proxy, start_proxy, stop_proxy
 AGENTS = [f"127.0.0.{number}" for number in range(2, 9)]
 PROXIES = [f"127.0.0.{number}" for number in range(9, 16)]
 GRACE = 60.0
-TOLD = 4000
+TOLD = 1000
 PRODUCTION = {
     "MODE": "production",
     "CORS_ALLOW_CREDENTIALS": "false",

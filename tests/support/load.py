@@ -15,6 +15,8 @@ import httpx
 
 PER_ADDRESS = 90
 """Streams from one client's address; the edge bounds them at 100."""
+_UNREADABLE = (ValueError, LookupError, TypeError)
+"""Raised for an answer that is whole and not what was asked for, such as a stream that ends in an error line."""
 
 
 @dataclass(slots=True)
@@ -42,8 +44,8 @@ class Load:
                         seen = (seen + part)[-4096:]
                 if answer.status_code != 200 or not self._is_whole(seen):
                     self.failures.append(f"stream: {answer.status_code} {seen[-300:]!r}")
-            except httpx.TransportError as error:
-                self.failures.append(f"stream: {error!r} after {seen[-100:]!r}")
+            except (httpx.TransportError, *_UNREADABLE) as error:
+                self.failures.append(f"stream: {error!r} after {seen[-300:]!r}")
             self.running -= 1
             self.streams += 1
 
@@ -61,7 +63,7 @@ class Load:
             answer = await client.post("/agent/invoke", json={"text": "hi"})
             if answer.status_code != 200 or _text(answer.json()["data"]["messages"][-1]) != "You said: hi":
                 self.failures.append(f"invoke: {answer.status_code} {answer.text[:300]}")
-        except httpx.TransportError as error:
+        except (httpx.TransportError, *_UNREADABLE) as error:
             self.failures.append(f"invoke: {error!r}")
         self.invokes += 1
         self.seconds.append(time.monotonic() - began)

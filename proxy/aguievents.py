@@ -25,7 +25,7 @@ class AgUiLines(RawLines):
     def _is_error(self, beginning: bytes) -> bool | None:
         head = beginning[:_LONGEST_HEAD].translate(None, _BLANK)
         if head.startswith(_ERROR_HEAD):
-            return True
+            return self.mark in beginning  # or there are blanks inside of it
         return None if _ERROR_HEAD.startswith(head) and len(beginning) < _LONGEST_HEAD else False
 
     @override

@@ -45,13 +45,6 @@ class Answer:
         if self.complete:
             self.surplus = True
             return
-        if not self.begun:
-            self._head_bytes += len(data)
-        self._parse(data)
-        if not self.begun and self._head_bytes > MAX_HEAD_BYTES:
-            raise UpstreamMalformed(reason="the head is too long")
-
-    def _parse(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as error:
@@ -63,6 +56,10 @@ class Answer:
             if isinstance(error.__context__, Problem):  # raised by a callback below
                 raise error.__context__ from None
             raise UpstreamMalformed(reason=type(error).__name__) from error
+        if not self.begun:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                raise UpstreamMalformed(reason="the head is too long")
 
     def take(self) -> bytes:
         """Give the bytes of body read and not yet taken; may be empty."""

@@ -4,7 +4,7 @@ Pure. Bytes go in as they arrive, cut anywhere, and bytes come out; whatever is 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import pydantic_core
@@ -113,7 +113,7 @@ class RawLines:
                 self._verdict = False
                 return data
         parts: list[bytes] = []
-        for piece in _lines_of(data):
+        for piece in _parted(data, self.mark, begun=bool(self._held)):
             self._take(piece, parts)
         return b"".join(parts)
 
@@ -122,7 +122,7 @@ class RawLines:
         return self._told() if self._verdict else b"".join(self._held)
 
     def _take(self, piece: bytes, parts: list[bytes]) -> None:
-        """Take in a line, or a part of one that no newline ends."""
+        """Take in a line, a part of one that no newline ends, or lines none of which is an error line."""
         if self._verdict is None:
             self._held.append(piece)
             self._size += len(piece)
@@ -155,7 +155,7 @@ class RawLines:
         """Say whether a line that begins so is an error line; None while that cannot be told."""
         head = beginning[:_LONGEST_HEAD].removeprefix(_BOM).translate(None, _BLANK)
         if head.startswith(_ERROR_HEAD):
-            return True
+            return self.mark in beginning  # or there are blanks inside of it
         undecided = _ERROR_HEAD.startswith(head) or _BOM.startswith(head)
         return None if undecided and len(beginning) < _LONGEST_HEAD else False
 
@@ -163,9 +163,25 @@ class RawLines:
         return self._errors.safe(line)[0]
 
 
-def _lines_of(data: bytes) -> list[bytes]:
-    *whole, rest = data.split(b"\n")
-    return [line + b"\n" for line in whole] + ([rest] if rest else [])
+def _parted(data: bytes, mark: bytes, *, begun: bool) -> Iterator[bytes]:
+    """Part bytes into single lines that may be error lines, and whatever is between them.
+
+    Those are the ones with the mark, the last when it is not whole, and the first when it goes on what has `begun`.
+    """
+    begin, whole = data.find(b"\n") + 1 or len(data) if begun else 0, data.rfind(b"\n") + 1
+    if begun:
+        yield data[:begin]
+    while (found := data.find(mark, begin, whole)) >= 0:
+        line = data.rfind(b"\n", begin, found) + 1 or begin
+        if line > begin:
+            yield data[begin:line]
+        begin = data.find(b"\n", found) + 1
+        yield data[line:begin]
+    if begin < whole:
+        yield data[begin:whole]
+        begin = whole
+    if begin < len(data):
+        yield data[begin:]
 
 
 class LineTooLongError(Exception):

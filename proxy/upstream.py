@@ -155,17 +155,19 @@ class PooledExchange:
     def feed(self, data: bytes) -> None:
         """Take in what arrived."""
         self.active = self._loop.time()
-        answer, outlet, waiter = self._answer, self._outlet, self._waiter
-        is_awaited = outlet is not None and waiter is not None and not waiter.done()
+        answer, waiter = self._answer, self._waiter
+        is_much = len(data) > MAX_WAITING_BYTES
+        outlet = self._outlet if waiter is not None and not waiter.done() and not is_much else None
         try:
             answer.feed(data)
-            if outlet is not None and is_awaited and answer.waiting and not answer.complete and outlet.is_open:
+            if outlet is not None and answer.waiting and not answer.complete and outlet.is_open:
                 outlet.pass_on(answer.take())
                 return
         except Exception as error:  # noqa: BLE001  it is raised where the bytes are waited for
             self.fail(error)
             return
-        if answer.waiting > MAX_WAITING_BYTES and not self._paused and self._connection is not None:
+        # uvloop reads 8 MB in one turn of the loop while each read fills its buffer; others have their turn after one.
+        if answer.waiting > (0 if is_much else MAX_WAITING_BYTES) and not self._paused and self._connection is not None:
             self._paused = True
             self._connection.hold_back(held=True)
         self._wake()

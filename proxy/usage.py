@@ -29,6 +29,10 @@ _TIME: Final = b',"metadata":'
 _USAGES: Final = b'"usages":{'
 _TOTALS: Final = b'"total_input_tokens":'
 
+_SHORTEST: Final = 16
+"""Bytes without a newline that whatever counts has at the least: `{"event":"error"`."""
+_MORE: Final = re.compile(rb"[^\n]{%d}" % _SHORTEST)
+
 _EVENT: Final = re.compile(rb'\s*+\{\s*+"event"\s*+:\s*+"([a-z]++)"')
 
 _TYPE: Final = re.compile(rb'data:\s*+\{\s*+"type"\s*+:\s*+"([A-Z_]++)"')
@@ -155,12 +159,15 @@ class StreamReader:
             self._take(chunk)  # one line and no more, as the sidecar sends them
             return
         while end:
-            line = chunk[begin:end]
-            if self._unfinished is None and len(line) <= HELD_BYTES:
-                self._take(line)
-            else:
-                self._hold(line)
+            size = end - begin
+            if self._unfinished is not None or size > HELD_BYTES:
+                self._hold(chunk[begin:end])
                 self._finish()
+            elif size > _SHORTEST:
+                self._take(chunk[begin:end])
+            else:  # it says nothing; and since it may be the first of a million, so do all that follow
+                more = _MORE.search(chunk, end)
+                end = more.start() if more is not None else chunk.rfind(b"\n") + 1
             begin, end = end, chunk.find(b"\n", end) + 1
         if begin < len(chunk):
             self._hold(chunk[begin:])

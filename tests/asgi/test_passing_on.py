@@ -4,6 +4,7 @@ The exchange is real, the connection under it never opened.
 """
 
 import asyncio
+import socket
 from dataclasses import dataclass, field
 
 import pytest
@@ -70,6 +71,50 @@ async def test_a_closed_outlet_leaves_the_bytes_to_who_waits_and_none_overtakes_
 
     assert sink.got == []
     assert await task == b"one" + b"x" * MAX_WAITING_BYTES
+    exchange.abandon()
+
+
+@dataclass
+class Paused(asyncio.Transport):
+    """A connection's transport that tells whether it reads."""
+
+    socket: socket.socket
+    is_reading_now: bool = True
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return self.socket if name == "socket" else default
+
+    def write(self, data: object) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        self.is_reading_now = False
+
+    def resume_reading(self) -> None:
+        self.is_reading_now = True
+
+    def abort(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("unit", [b"x" * 1000, b"\n"], ids=["large chunks", "tiny chunks"])
+async def test_after_a_large_read_others_have_their_turn(unit: bytes) -> None:
+    """While a read fills its buffer uvloop reads on, 8 MB in one turn of the loop; a task goes on with the next."""
+    sink, connection = Sink(), Connection(lambda _: None)
+    with socket.socket() as pretended:
+        wire = Paused(pretended)
+        connection.connection_made(wire)
+    exchange = connection.begin(b"", Deadlines(5, 5, 5, 5))
+    connection.data_received(HEAD)
+    task = asyncio.get_running_loop().create_task(exchange.read(sink))
+    await asyncio.sleep(0)
+    count = MAX_WAITING_BYTES // len(chunk(unit)) + 1
+
+    connection.data_received(chunk(unit) * count)
+
+    assert (sink.got, wire.is_reading_now) == ([], False)
+    assert await task == unit * count
+    assert wire.is_reading_now
     exchange.abandon()
 
 

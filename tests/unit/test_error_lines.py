@@ -1,13 +1,17 @@
 """What a client is told of the sidecar's error lines, in either form of a stream."""
 
+import itertools
 import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.ends import End
 from proxy.framing import ErrorLines, EventFrames, RawLines
 from tests.support.events import parse_events
+from tests.support.steps import steps
 
 SECRET = "postgres://admin:hunter2@db/agent"
 STATE = b'{"context":[{"role":"user","content":[{"type":"text","text":"a prompt"}]}],"pad":"' + b"x" * 500 + b'"}'
@@ -172,3 +176,35 @@ def test_full_detail_of_an_endless_error_line_is_whole() -> None:
 
     assert reader.raw(stream) == stream
     assert reader.errors.run_failed
+
+
+PIECES = [
+    b"\n",
+    b"\r\n",
+    b"{}\n",
+    b" ",
+    b'"error"',
+    b'{"event":',
+    b'{"event":"err or"}\n',
+    LINE,
+    TOOL,
+    LAST + b"\n",
+    b"x" * 70,
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=12).map(b"".join), st.lists(st.integers(0, 2000), max_size=9))
+def test_where_lines_are_cut_changes_nothing(stream: bytes, borders: list[int]) -> None:
+    """Lines that go on together, line by line, or by the byte, are the same."""
+    cuts = sorted({0, len(stream), *(border % (len(stream) + 1) for border in borders)})
+    form = Reader().lines
+    parted = b"".join([*(form.feed(stream[at:to]) for at, to in itertools.pairwise(cuts)), form.finish()])
+
+    assert parted == Reader().raw(stream) == Reader(size=1).raw(stream)
+
+
+@pytest.mark.parametrize("unit", [b"\n", b"\r\n", b"{}\n", b"  \n"])
+@pytest.mark.parametrize("last", [b"", b"{", b'"error"\n', b'{"event":"error"}\n'])
+def test_a_flood_of_short_lines_is_no_step_each(unit: bytes, last: bytes) -> None:
+    """Only a line that may be an error line is looked at by itself."""
+    assert steps(Reader().lines.feed, unit * 50_000 + last) < 200

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from proxy.model import Usage
 from proxy.outlines import HELD_BYTES, Outline, told_bytes
 from proxy.usage import Form, UsageReader, reader_for
+from tests.support.steps import steps
 
 type Json = dict[str, Any]
 
@@ -132,6 +133,27 @@ def test_a_stream_says_what_its_json_says_however_it_is_parted(run: list[Json], 
     reader = fed("stream", *parted(lines(*run), borders))
 
     assert figures(reader.usage()) == naive(run)
+
+
+SHORT = st.sampled_from([b"\n", b"\r\n", b"{}\n", b"x" * 15 + b"\n", b": ping\n\n", b'"error"\n', b"[1]\n"])
+
+
+@given(runs(), st.lists(SHORT, max_size=9), st.lists(st.integers(0, 5000), max_size=30))
+def test_short_lines_between_say_nothing(run: list[Json], short: list[bytes], borders: list[int]) -> None:
+    """However many there are, and wherever the borders are."""
+    between = [lines(each) + b"".join(short[number::3]) for number, each in enumerate(run)]
+    reader = fed("stream", *parted(b"".join([*short, *between]), borders))
+
+    assert figures(reader.usage()) == naive(run)
+
+
+@pytest.mark.parametrize("kind", ["stream", "ag-ui"])
+@pytest.mark.parametrize("unit", [b"\n", b"\r\n", b"{}\n", b":\n\n"])
+def test_a_flood_of_short_lines_is_no_step_each(kind: Form, unit: bytes) -> None:
+    """A read of them costs about what a read of one line does: nobody else waits for it."""
+    reader = reader_for(kind)
+
+    assert steps(reader.feed, unit * 50_000) < 50
 
 
 @given(runs())

@@ -13,6 +13,8 @@ LINES_TYPE: Final = b"application/x-ndjson"
 EVENTS_TYPE: Final = b"text/event-stream"
 _BOM: Final = b"\xef\xbb\xbf"
 _FIELDS: Final = (b":", b"data:", b"event:", b"id:", b"retry:")
+_LOOKED_AT: Final = 1024
+"""Bytes of a body that are looked at: one of so many blanks is lines, so that no more need be held."""
 _Q: Final = re.compile(r";\s*q\s*=\s*([0-9.]*)")
 
 
@@ -69,10 +71,15 @@ def may_be_lines(headers: Headers) -> bool:
 
 
 def are_lines(first: bytes) -> bool | None:
-    """Say whether a body that begins so is lines rather than server-sent events; None while that cannot be told."""
-    if _BOM.startswith(first[:3]) and len(first) < len(_BOM):
+    """Say whether a body that begins so is lines rather than server-sent events; None while that cannot be told.
+
+    It can be told of 1 KiB, however it came.
+    """
+    head = first[:_LOOKED_AT]
+    if _BOM.startswith(head[:3]) and len(head) < len(_BOM):
         return None
-    rest = first.removeprefix(_BOM).lstrip(b" \t\r\n")
+    rest = head.removeprefix(_BOM).lstrip(b" \t\r\n")
     if any(rest.startswith(field) for field in _FIELDS):
         return False
-    return None if any(field.startswith(rest) for field in _FIELDS) else True
+    is_open = len(head) < _LOOKED_AT and any(field.startswith(rest) for field in _FIELDS)
+    return None if is_open else True

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -255,3 +256,19 @@ async def test_a_run_that_ended_is_not_known_any_more() -> None:
 
     assert not course.run.stop_asked
     assert end_of(course.run) is End.DONE
+
+
+@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS])
+async def test_blanks_before_the_first_line_are_not_held(wish: Wish) -> None:
+    """Neither the form of a stream nor its label is waited for without end: 16 MiB of blanks take no memory."""
+    course = Course(wish, FakeExchange([b"\n" * 65_536] * 256 + [LINE]))
+    course.client.keeps = False
+    tracemalloc.start()
+    try:
+        await course.task
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 4 << 20
+    assert course.client.is_complete

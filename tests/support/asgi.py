@@ -29,6 +29,9 @@ class Client:
     block: asyncio.Event | None = None
     """While set to an unset event, `send` waits: a client that does not read."""
 
+    keeps: bool = True
+    """Whether all that was sent is kept, rather than the last message alone."""
+
     async def receive(self) -> Message:
         if self.incoming:
             return self.incoming.pop(0)
@@ -38,6 +41,8 @@ class Client:
     async def send(self, message: Any) -> None:
         if self.block is not None:
             await self.block.wait()
+        if not self.keeps:
+            self.sent.clear()
         self.sent.append(message)
 
     @property

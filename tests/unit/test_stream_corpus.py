@@ -243,8 +243,20 @@ def test_memory_is_bounded_by_the_longest_line() -> None:
         (b"\n\nid: 1", False),
         (b": ping", False),
         (b"retry: 1", False),
+        (b"\n" * 1018 + b"event:", False),
+        (b"\n" * 1023, None),
+        (b"\n" * 1020 + b"dat", None),
+        (b"\n" * 1020 + b"data", True),
+        (b"\n" * 1020 + b"data: 1", True),
+        (b"\n" * 1024, True),
+        (b"\xef\xbb\xbf" + b" " * 1021, True),
     ],
 )
 def test_the_first_bytes_tell_lines_from_events(first: bytes, verdict: bool | None) -> None:
-    """A body that begins with a field of server-sent events is one; until that is plain, nothing is decided."""
+    """A body that begins with a field of server-sent events is one; until that is plain, nothing is decided.
+
+    One of 1 KiB of blanks is lines, whatever follows and however it came.
+    """
     assert are_lines(first) is verdict
+    decided = [told for end in range(len(first)) if (told := are_lines(first[:end])) is not None]
+    assert set(decided) <= {verdict}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import tracemalloc
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -67,18 +68,55 @@ class Course:
         for _ in range(30):
             await pause()
 
+    async def is_quiet(self) -> bool:
+        """Say whether no heart beats any more."""
+        self.exchange.nudged.clear()
+        await self.settle()
+        return not self.exchange.nudged.is_set()
+
 
 def stream(*more: Any) -> FakeExchange:
     """Make a stream of three lines, with a turn of the loop before each."""
     return FakeExchange([pause, LINE, pause, LINE, pause, LINE, *more], before=pause)
 
 
-@pytest.mark.parametrize("steps", range(1, 16))
-@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS, None])
-async def test_a_shutdown_at_any_await_leaves_nothing_behind(wish: Wish | None, steps: int) -> None:
+BEATING = FlowRules(1e-9, 1000, "safe", stop_on_disconnect=False, stop_over_budget=True)
+"""A heart that beats at every turn of the loop."""
+OWN = b'data: {"type":"TEXT_MESSAGE_CONTENT","delta":"w"}\n\n'
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a run goes; an empty part is a nudge."""
+
+    wish: Wish | None
+    parts: tuple[Any, ...] = (pause, LINE, pause, LINE, pause, LINE, pause)
+    rules: FlowRules = RULES
+    early: int = 0
+
+    def course(self) -> Course:
+        """Set out."""
+        return Course(self.wish, FakeExchange([*self.parts], before=pause, early=self.early), self.rules)
+
+
+WAYS = {
+    "as it is": Way(Wish.AS_IT_IS),
+    "lines": Way(Wish.LINES),
+    "events": Way(Wish.EVENTS),
+    "an invoke": Way(None),
+    "beating": Way(Wish.EVENTS, (pause, b"", LINE, pause, b"", pause, LINE, b"", pause), BEATING),
+    "pinged before the head": Way(Wish.EVENTS, (pause, b"", LINE, pause), BEATING, early=2),
+    "events already": Way(Wish.EVENTS, (pause, b"da", pause, b"", OWN[2:], pause, b"", pause, OWN, pause), BEATING, 1),
+    "ag-ui": Way(Wish.AG_UI, (pause, OWN, pause, OWN[:9], pause, OWN[9:], pause)),
+}
+
+
+@pytest.mark.parametrize("steps", range(1, 12))
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_shutdown_at_any_await_leaves_nothing_behind(way: str, steps: int) -> None:
     """Cancelled at every await: it stays a cancellation, the lease is free, upstream is closed or was whole."""
     before = asyncio.all_tasks()
-    course = Course(wish, stream(pause))
+    wish, course = WAYS[way].wish, WAYS[way].course()
     for _ in range(steps):
         await pause()
     was_done = course.task.done()
@@ -92,16 +130,17 @@ async def test_a_shutdown_at_any_await_leaves_nothing_behind(wish: Wish | None, 
     assert course.exchange.abandoned is not None or not course.upstream.has_given
     assert course.runs.pending == 0
     assert asyncio.all_tasks() == before
-    started = bool(course.client.sent)
-    assert course.client.is_complete == (was_done or (started and wish is Wish.EVENTS))
+    is_told = bool(course.client.sent) and wish is Wish.EVENTS and OWN not in course.client.body
+    assert course.client.is_complete == (was_done or is_told)
+    assert await course.is_quiet()
 
 
-@pytest.mark.parametrize("steps", range(1, 16))
-@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS, None])
-async def test_a_client_that_leaves_at_any_await_leaves_nothing_behind(wish: Wish | None, steps: int) -> None:
+@pytest.mark.parametrize("steps", range(1, 12))
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_client_that_leaves_at_any_await_leaves_nothing_behind(way: str, steps: int) -> None:
     """The lease is given back once, and only when upstream is over; an invoke is asked to stop."""
     before = asyncio.all_tasks()
-    course = Course(wish, stream(pause))
+    wish, course = WAYS[way].wish, WAYS[way].course()
     for _ in range(steps):
         await pause()
     went_on = course.upstream.has_given and not course.exchange.ended
@@ -115,6 +154,18 @@ async def test_a_client_that_leaves_at_any_await_leaves_nothing_behind(wish: Wis
     assert asyncio.all_tasks() == before
     assert course.exchange.abandoned is not None or not course.upstream.has_given
     assert course.stops == (1 if wish is None and went_on and isinstance(outcome, ClientLeft) else 0)
+    assert await course.is_quiet()
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_every_way_has_its_own_end_when_nothing_happens(way: str) -> None:
+    """What is stepped through above is whole when it is let go on."""
+    course = WAYS[way].course()
+    await course.task
+
+    assert course.client.is_complete
+    assert course.client.body.count(OWN) == b"".join(part for part in WAYS[way].parts if part is not pause).count(OWN)
+    assert await course.is_quiet()
 
 
 async def test_an_invoke_that_was_left_keeps_its_place_until_upstream_ends() -> None:
@@ -261,7 +312,7 @@ async def test_a_run_that_ended_is_not_known_any_more() -> None:
 @pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS])
 async def test_blanks_before_the_first_line_are_not_held(wish: Wish) -> None:
     """Neither the form of a stream nor its label is waited for without end: 16 MiB of blanks take no memory."""
-    course = Course(wish, FakeExchange([b"\n" * 65_536] * 256 + [LINE]))
+    course = Course(wish, FakeExchange([*[b"\n" * 65_536] * 256, LINE]))
     course.client.keeps = False
     tracemalloc.start()
     try:

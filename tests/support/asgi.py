@@ -68,6 +68,8 @@ class FakeExchange:
     active: float = 0.0
     before: Callable[[], Any] | None = None
     """Awaited before the head is there."""
+    early: int = 0
+    """So often `nudge` comes before the head."""
     nudged: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -75,6 +77,10 @@ class FakeExchange:
         return isinstance(self.parts[0], bytes) if self.parts else True
 
     async def head(self) -> bool:
+        if self.early:
+            self.early -= 1
+            await asyncio.sleep(0)
+            return False
         if self.before is not None:
             await self.before()
             self.before = None
@@ -143,7 +149,7 @@ class FakeLease(NoLease):
 def run_of(wish: Wish | None = None, lease: FakeLease | None = None) -> Run:
     """Make a run as the routes do: a stream with a `wish`, else an invoke."""
     record = Record(b"r-1", 0.0, "127.0.0.1")
-    reader = reader_for("answer" if wish is None else "stream")
+    reader = reader_for("answer" if wish is None else "ag-ui" if wish is Wish.AG_UI else "stream")
     return Run(record, "tag~thread", lambda: STOP, wish, Spending(reader, lease or FakeLease(), record))
 
 

@@ -208,12 +208,14 @@ class PooledExchange:
             connection.end(reusable=reusable)
 
     def _check_deadlines(self) -> None:
+        if not self._answer.begun:  # in time, however much of a head has come
+            self.fail(UpstreamDeadline(reason="first byte"))
+            return
         now = self._loop.time()
-        patience = self._deadlines.idle if self._answer.begun else self._deadlines.first_byte
         # While bytes wait for the client, it is the client who is slow, not upstream.
-        due = (now if self._answer.waiting else self.active) + patience
+        due = (now if self._answer.waiting else self.active) + self._deadlines.idle
         if now >= due:
-            self.fail(UpstreamDeadline(reason="idle" if self._answer.begun else "first byte"))
+            self.fail(UpstreamDeadline(reason="idle"))
         else:
             self._timer = self._loop.call_at(due, self._check_deadlines)
 

@@ -262,6 +262,51 @@ async def test_a_head_that_never_comes_meets_its_deadline() -> None:
         assert pool.open == 0
 
 
+async def test_a_head_that_comes_byte_by_byte_is_whole() -> None:
+    """However many reads it takes, an informational answer before it included; the connection serves again."""
+    head = b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + answer(b"slow", "x-test: 1")
+
+    async def talk(line: Line) -> None:
+        line.writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while await line.request():
+            for at in range(len(head)):
+                await line.write(head[at : at + 1])
+                await asyncio.sleep(0)
+
+    async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
+        exchange = await begin(pool)
+        headers = list(exchange.headers)
+        body = b""
+        while not exchange.ended:
+            body += await exchange.read()
+
+        assert (exchange.status, headers, body) == (200, [(b"content-length", b"4"), (b"x-test", b"1")], b"slow")
+        assert await fetch(pool) == (200, b"slow")
+        assert upstream.accepted == 1
+
+
+async def test_a_head_that_drips_without_end_meets_its_deadline() -> None:
+    """The answer begins with a whole head: its single bytes do not put the deadline off."""
+    dripped = 0
+
+    async def talk(line: Line) -> None:
+        nonlocal dripped
+        await line.request()
+        await line.write(b"HTTP/1.1 200 OK\r\nx: ")
+        while True:
+            await line.write(b"y")
+            dripped += 1
+            await asyncio.sleep(0.01)
+
+    async with raw_upstream(talk) as upstream, pool_for(upstream.url) as pool:
+        with pytest.raises(UpstreamDeadline) as raised:
+            await fetch(pool, Deadlines(connect=5, first_byte=0.1, idle=5, total=10))
+
+        assert raised.value.reason == "first byte"
+        assert dripped > 1
+        assert pool.open == 0
+
+
 async def test_a_body_that_stalls_meets_its_deadline() -> None:
     """The idle deadline counts from the last byte."""
 

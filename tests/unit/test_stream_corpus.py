@@ -1,9 +1,6 @@
 """A corpus of streams, each cut up in many ways: as lines they pass byte for byte, as events they mean the same."""
 
-import itertools
 import json
-import random
-from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -12,97 +9,10 @@ from httpx_sse import EventSource
 from proxy.ends import End
 from proxy.framing import ErrorLines, EventFrames, LineTooLongError, RawLines
 from proxy.negotiation import are_lines
+from tests.support.corpus import CORPUS, ODD, OWN, PIECES, cut, meant
 from tests.support.events import parse_events
 
 MOST = 2 << 20
-
-
-def message(text: str) -> bytes:
-    """Write a line as the sidecar does."""
-    value = {"event": "message", "message": {"content": [{"type": "text", "text": text}], "delta": True}, "data": None}
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-TEXTS = {
-    "ascii": "word ",
-    "empty": "",
-    "umlauts": "grüße",
-    "three bytes": "漢字",
-    "four bytes": "😀🏳️‍🌈",
-    "separators": "a\u2028b\u2029c\u0085d",
-    "zero width": "a\ufeffb",
-    "escaped newlines": "a\nb\r\nc\rd",
-    "escaped nul": "a\0b",
-    "looks like an error line": '{"event":"error","data":{}}',
-    "a newline and an error line": '\n{"event":"error"}',
-    "the word": '"error"',
-    "looks like an event": "data: x\n\nevent: error\n\n",
-    "a comment": ": ping",
-    "long": "x" * 70_000,
-}
-SHAPES = {
-    "LF": lambda line: line + b"\n" + line + b"\n",
-    "CRLF": lambda line: line + b"\r\n" + line + b"\r\n",
-    "mixed ends": lambda line: line + b"\n" + line + b"\r\n" + line + b"\n",
-    "no last newline": lambda line: line + b"\n" + line,
-    "empty lines": lambda line: b"\n\n" + line + b"\n\r\n\n" + line + b"\n\n",
-    "a BOM": lambda line: b"\xef\xbb\xbf" + line + b"\n" + line + b"\n",
-    "CR between tokens": lambda line: line.replace(b'{"event":', b'{\r"event"\r:', 1) + b"\n",
-    "blanks": lambda line: b"  " + line + b" \t\n\t" + line + b"\n",
-}
-ODD = {
-    "nothing": b"",
-    "one newline": b"\n",
-    "only blanks": b" \r\n\t\n",
-    "only a BOM": b"\xef\xbb\xbf",
-    "half a BOM": b"\xef\xbb",
-    "no JSON": b"hello\nworld\n",
-    "NUL": b'{"event":"message","x":"\0"}\n',
-    "invalid UTF-8": b'{"event":"message","x":"\xff\xfe\x80"}\n',
-    "another member first": b'{"x":1,"event":"message"}\n',
-    "no event": b'{"x":1}\n',
-    "an event that is no text": b'{"event":7}\n{"event":null}\n',
-    "a list": b"[1,2]\n",
-    "a name with a break": b'{"event":"a\\nb"}\n',
-    "a name that is an end": b'{"event":"done"}\n{"event":"stopped"}\n',
-    "an object cut off": b'{"event":"message","mess',
-    "almost an error": b'{"event":"erro',
-    "an errors event": b'{"event":"errors"}\n',
-    "a longer name": b'{"event":"error_of_mine"}\n',
-    "an escaped name": b'{"event":"\\u0065rror"}\n',
-    "an error inside": b'{"event":"updates","data":{"event":"error"}}\n',
-    "a megabyte": message("y" * (1 << 20)) + b"\n",
-    "a thousand lines": (message("z") + b"\n") * 1000,
-}
-CORPUS = {
-    **{f"{text}, {shape}": SHAPES[shape](message(TEXTS[text])) for text, shape in itertools.product(TEXTS, SHAPES)},
-    **ODD,
-}
-PIECES = ["whole", "bytes", "random", "before newlines"]
-
-
-def cut(stream: bytes, how: str) -> Iterator[bytes]:
-    """Cut a stream up; a large one by the byte only at its ends."""
-    if how == "whole":
-        yield stream
-    elif how == "bytes":
-        middle = stream[100:-100] if len(stream) > 20_000 else b""
-        head, tail = (stream[:100], stream[-100:]) if middle else (stream, b"")
-        yield from (head[at : at + 1] for at in range(len(head)))
-        if middle:
-            yield middle
-        yield from (tail[at : at + 1] for at in range(len(tail)))
-    elif how == "random":
-        choice = random.Random(stream[:50])  # noqa: S311  where to cut is no secret
-        at = 0
-        while at < len(stream):
-            size = choice.choice((1, 2, 3, 7, 64, 1000, 65_536))
-            yield stream[at : at + size]
-            at += size
-    else:
-        first, *rest = stream.split(b"\n")
-        yield first
-        yield from (b"\n" + part for part in rest)
 
 
 def errors(detail: str = "safe", told: list[dict[str, object]] | None = None) -> ErrorLines:
@@ -124,24 +34,15 @@ def framed(stream: bytes, how: str) -> bytes:
     )
 
 
-def meant(stream: bytes) -> list[tuple[str, str]]:
-    """Read a stream as a client of lines does: the name and the text of each line that is not blank."""
-    result = []
-    for line in stream.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
-        text = line.removesuffix(b"\r").decode("utf-8", "replace")
-        if text.strip(" \t\r"):
-            try:
-                value = json.loads(text, strict=False)
-                name = value.get("event") if isinstance(value, dict) else None
-            except ValueError:
-                name = None
-            result.append((name if isinstance(name, str) else "message", text.replace("\r", "\n")))
-    return result
-
-
 def test_the_corpus_is_large_enough() -> None:
     """At least a hundred streams."""
     assert len(CORPUS) >= 100
+
+
+def test_the_corpus_tells_lines_from_events() -> None:
+    """By its first bytes each of its streams is what it is meant to be."""
+    assert [name for name, stream in CORPUS.items() if are_lines(stream) is False] == []
+    assert [name for name, stream in OWN.items() if are_lines(stream) is not False] == []
 
 
 @pytest.mark.parametrize("how", PIECES)
@@ -159,6 +60,7 @@ def test_events_mean_what_the_lines_mean(how: str) -> None:
         "a name that is an end",
         "an escaped name",
         "almost an error",
+        "only carriage returns",
     }
     for name, stream in CORPUS.items():
         *events, end = parse_events(framed(stream, how))

@@ -102,7 +102,9 @@ class Authentication:
     """ASGI middleware that puts the principal into the request's Record, or raises the refusal.
 
     A failed credential counts against its address. Once the address has spent its failures, what is not recalled
-    is refused unproven: guessing then costs us little, and it costs the address's known callers nothing.
+    is refused unproven: guessing then costs us little, and it costs the address's known callers nothing. The same
+    answer gets what was still being proven when they were spent, whatever came of it. A proof that is under way is
+    no failure: a service may present hundreds of users at once.
     """
 
     def __init__(
@@ -169,12 +171,14 @@ class Authentication:
     async def _prove(self, credential: Credential, record: Record) -> Principal:
         self._failures.require_room(record.address)
         try:
-            return await self._authenticator.prove(credential)
+            principal = await self._authenticator.prove(credential)
         except CredentialInvalid as problem:
+            self._failures.spend(record.address)
             kind = CredentialKind.API_KEY if isinstance(credential, ApiKey) else CredentialKind.JWT
             self._audit.note_refusal(kind, record, reason=problem.reason, key_id=_key_id(credential))
-            self._failures.spend(record.address)
             raise
+        self._failures.require_room(record.address)  # others may have failed meanwhile
+        return principal
 
 
 def _key_id(credential: Credential) -> str:

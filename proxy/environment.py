@@ -4,7 +4,8 @@ Reads the environment it is given and the files that it names; nothing else, and
 """
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,7 +110,7 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
     return faults
 
 
-def _faults_of_fetching(values: Mapping[str, str], faulty: Set[str]) -> list[str]:
+def _faults_of_fetching(values: Mapping[str, str], faulty: AbstractSet[str]) -> list[str]:
     """Find what contradicts itself in how fetched keys are kept; of what is `faulty` in itself nothing is said."""
 
     def seconds(name: str) -> float:

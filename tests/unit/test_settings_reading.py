@@ -266,7 +266,11 @@ def test_what_does_not_go_together_is_named_beside_bad_values() -> None:
 
 def test_every_fault_of_fetching_is_named_at_once() -> None:
     """Two contradictions are two sentences; what a setting that is no number contradicts is not known."""
-    fetching = {"PROXY_JWKS_REFRESH_SECONDS": "50", "PROXY_JWKS_STALE_SECONDS": "40", "PROXY_JWKS_COOLDOWN_SECONDS": "60"}
+    fetching = {
+        "PROXY_JWKS_REFRESH_SECONDS": "50",
+        "PROXY_JWKS_STALE_SECONDS": "40",
+        "PROXY_JWKS_COOLDOWN_SECONDS": "60",
+    }
 
     told = problems_of(LEAST | fetching | {"PROXY_PORT": "http"})
     unknown = problems_of(LEAST | fetching | {"PROXY_JWKS_REFRESH_SECONDS": "soon"})

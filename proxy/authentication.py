@@ -19,7 +19,7 @@ from proxy.credentials import (
     with_offered_bearer,
 )
 from proxy.delegation import act_for_named
-from proxy.errors import CredentialInvalid, CredentialMissing, MalformedCredential
+from proxy.errors import ClientProblem, CredentialInvalid, CredentialMissing, MalformedCredential
 from proxy.failures import Failures
 from proxy.keycache import KeyCache
 from proxy.model import (
@@ -141,7 +141,11 @@ class Authentication:
         if principal.key_id:
             self._audit.note_use(principal, record)
         record.principal = principal  # in the access line, whomever it acts for
-        record.principal = act_for_named(principal, scope["headers"])
+        try:
+            record.principal = act_for_named(principal, scope["headers"])
+        except ClientProblem as problem:
+            self._audit.note_delegation_refusal(principal, record, reason=problem.detail)
+            raise
         if self._lifecycle.draining:
             raise Draining
         return self._app(scope, receive, send)
@@ -149,24 +153,32 @@ class Authentication:
     async def _reprove(self, headers: Headers, record: Record) -> Principal:
         credential = self._read(headers, record)
         principal = self._authenticator.recall(credential) or await self._prove(credential, record)
-        return act_for_named(principal, headers)
+        try:
+            return act_for_named(principal, headers)
+        except ClientProblem as problem:
+            self._audit.note_delegation_refusal(principal, record, reason=problem.detail)
+            raise
 
     def _offered(self, headers: Headers, record: Record) -> Headers:
         try:
             return with_offered_bearer(headers)
-        except MalformedCredential:
-            self._failures.spend(record.address)
+        except MalformedCredential as problem:
+            self._fail_unread(record, problem.detail)
             raise
 
     def _read(self, headers: Headers, record: Record) -> Credential:
         try:
             credential = read_credential(headers)
-        except MalformedCredential:
-            self._failures.spend(record.address)
+        except MalformedCredential as problem:
+            self._fail_unread(record, problem.detail)
             raise
         if credential is None:
             raise CredentialMissing
         return credential
+
+    def _fail_unread(self, record: Record, reason: str) -> None:
+        self._failures.spend(record.address)
+        self._audit.note_unreadable(record, reason=reason)
 
     async def _prove(self, credential: Credential, record: Record) -> Principal:
         self._failures.require_room(record.address)

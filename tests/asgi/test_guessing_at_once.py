@@ -57,6 +57,9 @@ class ToldAudit(Audit):
     def note_refusal(self, kind: CredentialKind, record: Record, *, reason: str, key_id: str = "") -> None:
         self.reasons.append(reason)
 
+    def note_unreadable(self, record: Record, *, reason: str) -> None:
+        self.reasons.append(reason)
+
 
 class Door:
     """The door before a deployment that knows `keys` and one provider, and allows so many failures a minute."""
@@ -163,3 +166,13 @@ async def test_who_was_proven_before_the_guesses_is_let_in_among_them() -> None:
     await door.statuses([by_key(new_key()) for _ in range(50)])
 
     assert await door.status(by_key(known)) == 200
+
+
+async def test_what_cannot_be_read_is_audited_until_the_failures_are_spent() -> None:
+    """A flood of what is no credential fills no log."""
+    door = Door()
+
+    statuses = [await door.status([(b"authorization", b"Basic x")]) for _ in range(20)]
+
+    assert statuses == [400] * LIMIT + [429] * 15
+    assert door.audit.reasons == ["The Authorization scheme must be Bearer."] * LIMIT

@@ -14,7 +14,7 @@ from pydantic import SecretStr, ValidationError
 from proxy.issuers import MIN_SECRET_BYTES
 from proxy.keys import parse_keys
 from proxy.limitsettings import SIMPLE, parse_policies
-from proxy.settings import KeySettings, Settings
+from proxy.settings import DATABASE_FORMS, KeySettings, Settings
 from proxy.tokensettings import readable_issuers
 
 PREFIX: Final = "PROXY_"
@@ -60,8 +60,12 @@ def load_key_settings(environment: Mapping[str, str]) -> KeySettings:
     try:
         return KeySettings.model_validate(values)
     except ValidationError as error:
-        faults = (f"{PREFIX}{str(fault['loc'][0]).upper()}: {_sentence(fault)}" for fault in error.errors())
-        raise SettingsError(problems or list(faults)) from error
+        faults = [
+            f"{PREFIX}{str(fault['loc'][0]).upper()}: {_sentence(fault)}"
+            + (f", as {DATABASE_FORMS}" if fault["type"] == "missing" else "")  # nothing else is required
+            for fault in error.errors()
+        ]
+        raise SettingsError(problems or faults) from error
 
 
 def _gather(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:

@@ -173,6 +173,15 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         if self._inbox is not None:
             self._inbox.tell_left()
 
+    @override
+    def eof_received(self) -> None:
+        """Take in at once that the client has left: the connection is lost only when it has read what was written."""
+        if self._is_answering():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self._inbox is not None:
+                self._inbox.tell_left()
+
     # The timer of a kept connection goes on from one request to the next: to set one anew for each costs more.
 
     @override

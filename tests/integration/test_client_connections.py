@@ -35,12 +35,13 @@ async def rest_of(reader: asyncio.StreamReader) -> bytes:
 
 
 class House:
-    """A running proxy before an upstream that never ends its answer."""
+    """A running proxy before an upstream that never ends its answer: a part of one, or a flood when asked for that."""
 
-    def __init__(self, proxy: Proxy, token: str, gone: asyncio.Event) -> None:
+    def __init__(self, proxy: Proxy, token: str, gone: asyncio.Event, held_back: asyncio.Event) -> None:
         self.proxy = proxy
         self.token = token
         self.gone = gone
+        self.held_back = held_back
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection to the proxy."""
@@ -51,11 +52,18 @@ class House:
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
     """Run it."""
-    gone = asyncio.Event()
+    gone, held_back = asyncio.Event(), asyncio.Event()
 
     async def talk(line: Line) -> None:
-        await line.request()
+        flood = b"flood" in await line.request()
         await line.write(CHUNKED_HEAD + chunk(b"part"))
+        with contextlib.suppress(ConnectionError):
+            while flood:
+                try:
+                    await asyncio.wait_for(line.write(chunk(b"x" * 65_536)), 0.3)
+                except TimeoutError:
+                    held_back.set()
+                    break
         await line.gone()
         gone.set()
 
@@ -63,7 +71,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     async with raw_upstream(talk) as upstream:
         proxy = await asyncio.to_thread(start_proxy, tmp_path, upstream.url, SECRET, **principals.environment())
         try:
-            yield House(proxy, principals.token("alice"), gone)
+            yield House(proxy, principals.token("alice"), gone, held_back)
         finally:
             await asyncio.to_thread(stop_proxy, proxy.process)
 
@@ -147,6 +155,20 @@ async def test_half_a_connection_is_none(house: House) -> None:
         await house.gone.wait()
 
     assert b"0\r\n\r\n" not in rest
+    writer.close()
+
+
+async def test_half_a_connection_that_is_not_read_is_none_either(house: House) -> None:
+    """Its run ends at once, whenever the client may come to take what was written."""
+    reader, writer = await house.connect()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]  # a transport of asyncio's streams can do that
+    writer.write(run(house.token, body=b'{"text":"flood"}'))
+    async with asyncio.timeout(20):
+        await house.held_back.wait()
+        writer.write_eof()
+        await house.gone.wait()
+
+    assert not reader.at_eof()
     writer.close()
 
 

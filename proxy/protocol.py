@@ -147,6 +147,9 @@ class OneAtATime(Leaving, HttpToolsProtocol):
 
     @override
     def on_headers_complete(self) -> None:
+        hosts = [name for name, _ in self.headers].count(b"host")
+        if hosts != 1 and (hosts or self.parser.get_http_version() == "1.1"):  # RFC 9112 §3.2
+            raise RefusedError("not one Host")
         if self.parser.should_upgrade():
             if any(name in _ANNOUNCE_A_BODY for name, _ in self.headers):
                 raise RefusedError("a body behind an upgrade")

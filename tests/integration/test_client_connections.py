@@ -233,6 +233,29 @@ async def test_a_long_path_is_told_in_part(house: House) -> None:
     writer.close()
 
 
+@pytest.mark.parametrize(
+    ("request_line", "hosts", "status"),
+    [
+        (b"GET /health/live HTTP/1.1", [], b"400"),
+        (b"GET /health/live HTTP/1.1", [b"a", b"b"], b"400"),
+        (b"GET /health/live HTTP/1.1", [b"a", b"a"], b"400"),
+        (b"GET /health/live HTTP/1.0", [b"a", b"b"], b"400"),
+        (b"GET /health/live HTTP/1.0", [], b"200"),
+        (b"GET /health/live HTTP/1.1", [b""], b"200"),
+    ],
+)
+async def test_a_request_has_one_host(house: House, request_line: bytes, hosts: list[bytes], status: bytes) -> None:
+    """RFC 9112 §3.2: those before us may each have taken another one for it."""
+    reader, writer = await house.connect()
+    fields = b"".join(b"host: %b\r\n" % host for host in hosts)
+    writer.write(request_line + b"\r\n" + fields + b"connection: close\r\n\r\n")
+    async with asyncio.timeout(10):
+        answer = await rest_of(reader)
+
+    assert answer.startswith(b"HTTP/1.1 " + status)
+    writer.close()
+
+
 async def test_what_is_no_request_has_its_line(house: House) -> None:
     """Bytes that are no HTTP are answered by the server itself, and written down like every request."""
     reader, writer = await house.connect()

@@ -323,3 +323,17 @@ async def test_blanks_before_the_first_line_are_not_held(wish: Wish) -> None:
 
     assert peak < 4 << 20
     assert course.client.is_complete
+
+
+@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS, Wish.AG_UI])
+async def test_a_stream_is_the_last_on_its_connection_and_keeps_no_fields(wish: Wish) -> None:
+    """A drain that begins while it is open can tell no more that the connection closes; nor is its length kept."""
+    exchange = stream()
+    exchange.headers.append((b"content-length", b"60"))
+    course = Course(wish, exchange)
+    await course.task
+
+    head = course.client.sent[0]["headers"]
+    assert [value for name, value in head if name == b"connection"] == [b"close"]
+    assert [name for name, _ in head if name == b"content-length"] == []
+    assert exchange.headers == []

@@ -47,19 +47,22 @@ class Answer:
             return
         try:
             self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as error:
-            raise UpstreamMalformed(reason="switched protocols") from error
-        except httptools.HttpParserError as error:
-            if self.complete:
-                self.surplus = True
-                return
-            if isinstance(error.__context__, Problem):  # raised by a callback below
-                raise error.__context__ from None
-            raise UpstreamMalformed(reason=type(error).__name__) from error
+        except (httptools.HttpParserUpgrade, httptools.HttpParserError) as error:
+            self._refuse(error)
         if not self.begun:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 raise UpstreamMalformed(reason="the head is too long")
+
+    def _refuse(self, error: Exception) -> None:
+        if isinstance(error, httptools.HttpParserUpgrade):
+            raise UpstreamMalformed(reason="switched protocols") from error
+        if self.complete:
+            self.surplus = True
+            return
+        if isinstance(error.__context__, Problem):  # raised by a callback below
+            raise error.__context__ from None
+        raise UpstreamMalformed(reason=type(error).__name__) from error
 
     def take(self) -> bytes:
         """Give the bytes of body read and not yet taken; may be empty."""

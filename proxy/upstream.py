@@ -101,7 +101,8 @@ class PooledExchange:
         """See `model.Exchange.ended`."""
         self.active = self._loop.time()
         """See `model.Exchange.active`."""
-        self._timer = self._loop.call_later(deadlines.first_byte, self._check_deadlines)
+        self._head_due = self.active + deadlines.first_byte
+        self._timer = self._loop.call_later(min(deadlines.first_byte, deadlines.idle), self._check_deadlines)
 
     @property
     def status(self) -> int:
@@ -208,14 +209,12 @@ class PooledExchange:
             connection.end(reusable=reusable)
 
     def _check_deadlines(self) -> None:
-        if not self._answer.begun:  # in time, however much of a head has come
-            self.fail(UpstreamDeadline(reason="first byte"))
-            return
-        now = self._loop.time()
-        # While bytes wait for the client, it is the client who is slow, not upstream.
-        due = (now if self._answer.waiting else self.active) + self._deadlines.idle
+        now, answer = self._loop.time(), self._answer
+        due = self._head_due  # however much of a head has come
+        if answer.begun:  # While bytes wait for the client, it is the client who is slow, not upstream.
+            due = (now if answer.waiting else self.active) + self._deadlines.idle
         if now >= due:
-            self.fail(UpstreamDeadline(reason="idle"))
+            self.fail(UpstreamDeadline(reason="idle" if answer.begun else "first byte"))
         else:
             self._timer = self._loop.call_at(due, self._check_deadlines)
 

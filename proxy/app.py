@@ -6,10 +6,9 @@ Only wiring; decides nothing, and does no work at import.
 import hmac
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -20,6 +19,7 @@ from proxy.admission import Limits, limits_of
 from proxy.application import Proxy, show_page
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
+from proxy.background import background
 from proxy.duplex import Duplex, DuplexRules
 from proxy.failures import Failures
 from proxy.filing import Filing
@@ -44,9 +44,6 @@ from proxy.upstream import Pool
 
 if TYPE_CHECKING:
     from proxy.keystore import SqlKeyStore
-
-_LAST_STOPS_SECONDS: Final = 2.0
-"""How long an ending process tells the sidecar of runs that nobody will hear."""
 
 
 def create_app(
@@ -104,7 +101,7 @@ def create_app(
     app.state.note_refusal = observability.note_refusal
     if telemetry.metrics is not None:
         telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, limits))
-    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs, telemetry)
+    app.state.background = lambda: background(settings, lifecycle, keys, store, limits, overload, runs, telemetry)
     app.state.limits, app.state.keys = limits, keys
     return app
 
@@ -117,29 +114,6 @@ def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: 
     yield from limit_readings(limits)
 
 
-@asynccontextmanager
-async def _background(
-    settings: Settings,
-    keys: KeyCache,
-    store: "SqlKeyStore | None",
-    limits: Limits,
-    overload: Overload,
-    runs: Runs,
-    telemetry: Telemetry,
-) -> AsyncGenerator[None]:
-    """Run what serves no request: the server enters this before it listens, and leaves it last."""
-    listening = _listening(settings, keys) if store is not None else nullcontext()
-    try:
-        async with telemetry.watching(), overload.watching(), keys.watching(), listening, limits.watching():
-            try:
-                yield
-            finally:  # before the limits end, which are told what the last runs used and held
-                await runs.close(_LAST_STOPS_SECONDS)
-    finally:
-        if store is not None:
-            await store.close()
-
-
 def _store(settings: Settings) -> "SqlKeyStore | None":
     """Make the store of keys, where there is one."""
     if settings.database_url is None:
@@ -147,15 +121,6 @@ def _store(settings: Settings) -> "SqlKeyStore | None":
     from proxy.keystore import SqlKeyStore  # noqa: PLC0415  what is not asked for is not imported: it is 50 MiB
 
     return SqlKeyStore(settings.database_url.get_secret_value())
-
-
-def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
-    """Hear of changed keys at once where there is Redis to hear it from."""
-    if settings.redis_url is None:
-        return nullcontext()
-    from proxy.notices import Notices  # noqa: PLC0415  as in `_store`
-
-    return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
 def _lack(settings: Settings, keys: KeyCache) -> str:

@@ -4,8 +4,11 @@ Writes JSON lines to a logger of its own; never a credential, and of its text no
 """
 
 import logging
+import os
 from collections import OrderedDict
-from typing import Final
+from io import TextIOWrapper
+from logging.handlers import WatchedFileHandler
+from typing import Final, override
 
 from proxy.failures import address_partition
 from proxy.model import CredentialKind, Principal, Record
@@ -37,6 +40,22 @@ class Audit:
         named = {"key_id": key_id} if key_id else {}
         event = "key.refused" if kind is CredentialKind.API_KEY else "token.refused"
         write(event, reason=reason, **named, **_where(record))
+
+
+class AuditFile(WatchedFileHandler):
+    """A file for its owner alone, also the one that is begun where the last was moved away."""
+
+    @override
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # no new file can be begun: that is no reason to answer nobody
+            self.handleError(record)
+
+    @override
+    def _open(self) -> TextIOWrapper:
+        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
+        return super()._open()
 
 
 def write(event: str, **fields: str | int | list[str] | None) -> None:

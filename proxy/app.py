@@ -34,7 +34,7 @@ from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
-from proxy.runs import Runs
+from proxy.runs import STOPS_AT_ONCE, Runs
 from proxy.settings import Settings
 from proxy.telemetry import Telemetry, connection_readings, limit_readings
 from proxy.tenancy import RunRules, tag_of
@@ -56,6 +56,8 @@ def create_app(
 ) -> FastAPI:
     """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead.
 
+    Runs are stopped on connections of their own, whatever `upstream` is.
+
     `telemetry` watches it, where somebody wants to see more than the access line.
     """
     lifecycle = lifecycle or Lifecycle()
@@ -74,7 +76,7 @@ def create_app(
     overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
-    runs = Runs(upstream, settings.flow_rules(), overload.note_end)
+    runs = Runs(_pool_of_stops(settings), settings.flow_rules(), overload.note_end)
     relay = Relay(upstream, runs, settings.flow_rules())
     operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
@@ -205,6 +207,11 @@ def make_pool(settings: Settings) -> Pool:
         most_idle=settings.pool_idle_connections,
         idle_seconds=settings.pool_idle_seconds,
     )
+
+
+def _pool_of_stops(settings: Settings) -> Pool:
+    """Make those on which runs are stopped: beside the others, and closed when they are answered."""
+    return Pool(settings.agent_url, most=STOPS_AT_ONCE, most_idle=0, idle_seconds=settings.pool_idle_seconds)
 
 
 def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier | None:

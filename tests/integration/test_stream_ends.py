@@ -395,3 +395,44 @@ async def test_a_client_that_leaves_has_its_run_stopped(tmp_path: Path, principa
     assert json.loads(first.partition(b"\r\n\r\n")[2])["config"]["thread_id"] == thread_id
     assert identity(first) == identity(stop)
     assert line["end"] == "client_left"
+
+
+async def test_runs_that_have_every_connection_are_stopped_when_their_clients_leave(
+    tmp_path: Path, principals: Principals
+) -> None:
+    """Kept until they end, they leave no connection to stop them on; meanwhile whoever asks is told `overloaded`."""
+    stopped: set[str] = set()
+    begun = 0
+
+    async def talk(line: Line) -> None:
+        nonlocal begun
+        request = await line.request()
+        if b"/v1/graph/stop" in request:
+            stopped.add(json.loads(request.partition(b"\r\n\r\n")[2])["thread_id"].partition("~")[2])
+            await line.write(answer(b"{}"))
+        else:
+            begun += 1
+        await line.gone()
+
+    environment = {"PROXY_POOL_CONNECTIONS": "2", "PROXY_RATE_LIMIT": "off"}
+    async with (
+        proxy_before(talk, tmp_path, principals, **environment) as (proxy, _),
+        client_of(proxy, principals) as client,
+        asyncio.timeout(20),
+    ):
+        leaving = [asyncio.ensure_future(client.post("/agent/invoke", json=RUN | {"thread_id": name})) for name in "ab"]
+        while begun < len(leaving):
+            await asyncio.sleep(0.01)
+        for each in leaving:
+            each.cancel()
+        while stopped != {"a", "b"}:
+            await asyncio.sleep(0.01)
+        response = await client.post("/agent/invoke", json=RUN)
+        line = await ended(proxy, "invoke", end="unavailable")
+        while len(told := [each for each in proxy.log_lines() if each["event"] == "run.stop_sent"]) < len(leaving):
+            await asyncio.sleep(0.01)
+
+    assert [(each["status"], each["reason"]) for each in told] == [(200, "answered")] * 2
+    assert (response.status_code, response.json()["code"]) == (503, "overloaded")
+    assert response.headers["retry-after"] == "1"
+    assert (line["status"], line["code"], line["fault"]) == (503, "overloaded", "proxy")

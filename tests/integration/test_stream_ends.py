@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,30 @@ async def test_a_sidecar_that_does_not_answer_is_a_504(tmp_path: Path, principal
 
         assert response.status_code == 504
         assert response.json()["code"] == "upstream_deadline"
+
+
+async def test_a_sidecar_that_accepts_nobody_is_a_504_in_either_form(tmp_path: Path, principals: Principals) -> None:
+    """Its queue is full, so that the system leaves whoever knocks waiting: connecting has a deadline of its own."""
+    with socket.socket() as listener, socket.socket() as first:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        first.connect(listener.getsockname())  # all that there is room for
+        url = "http://{}:{}".format(*listener.getsockname())
+        hasty = {"PROXY_CONNECT_TIMEOUT_SECONDS": "0.1", **principals.environment()}
+        proxy = await asyncio.to_thread(start_proxy, tmp_path, url, SECRET, **hasty)
+        try:
+            async with client_of(proxy, principals) as client:
+                answers = [
+                    await client.post("/agent/invoke", json=RUN),
+                    await client.post("/agent/stream", json=RUN),
+                    await client.post("/agent/stream", json=RUN, headers=EVENTS),
+                ]
+            lines = [await ended(proxy, "stream", end="connect_deadline"), await ended(proxy, "invoke")]
+        finally:
+            await asyncio.to_thread(stop_proxy, proxy.process)
+
+    assert [(each.status_code, each.json()["code"]) for each in answers] == [(504, "upstream_deadline")] * 3
+    assert [(line["end"], line["fault"]) for line in lines] == [("connect_deadline", "upstream")] * 2
 
 
 async def test_a_dirty_answer_never_reaches_another_caller(tmp_path: Path, principals: Principals) -> None:

@@ -3,10 +3,12 @@
 Never takes a place at which somebody else listens.
 """
 
+import fcntl
 import os
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 BACKLOG = 2048
@@ -49,18 +51,20 @@ def listen_on(path: Path) -> UnixListener:
     At once, unlike at a port: no balancer is before it, and what is only bound could not be told from what is deserted.
     uvicorn's own `--uds` lets everybody on the machine connect (mode 0666).
     """
-    _remove_deserted(path)
     listener = UnixListener(socket.AF_UNIX)
-    mask = os.umask(_NOBODY_ELSE)  # not chmod afterwards: whoever connects in between stays connected
     try:
-        listener.bind(str(path))
+        with _alone_in(path.parent):
+            _remove_deserted(path)
+            mask = os.umask(_NOBODY_ELSE)  # not chmod afterwards: whoever connects in between stays connected
+            try:
+                listener.bind(str(path))
+            finally:
+                os.umask(mask)
+            listener.file = _file_at(path)
+            listener.listen(BACKLOG)
     except BaseException:
         listener.close()
         raise
-    finally:
-        os.umask(mask)
-    listener.file = _file_at(path)
-    listener.listen(BACKLOG)
     return listener
 
 
@@ -70,6 +74,17 @@ def address_of(listener: socket.socket) -> str:
         return f"http+unix://{listener.getsockname()}"
     host, port = listener.getsockname()[:2]
     return f"http://{host}:{port}"
+
+
+@contextmanager
+def _alone_in(directory: Path) -> Generator[None]:
+    """Keep out others that start there: what one has bound, and not yet listens on, looks deserted to another."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _file_at(path: Path) -> tuple[int, int]:

@@ -246,7 +246,7 @@ class Exchange(Protocol):
 
     @property
     def headers(self) -> Headers:
-        """The head's fields, names in lower case."""
+        """The head's fields, names in lower case; whoever has passed them on may empty the list."""
 
     @property
     def has_body(self) -> bool:

@@ -1,4 +1,4 @@
-"""Ends a client's connection between two requests, so that the next one is lost on nobody.
+"""Ends a client's connection: between two requests so that the next one is not lost, and when it does not get closed.
 
 Knows neither requests nor answers.
 """
@@ -13,6 +13,23 @@ from typing import Final
 
 _UNSPECIFIED: Final = bytes(16)
 """An address of no family: to connect to it dissolves a connection at once (connect(2))."""
+
+
+class Leaving:
+    """A part of a protocol: gives up a connection that does not get closed."""
+
+    transport: asyncio.Transport
+    _was_closing = False
+
+    def give_up_closing(self) -> None:
+        """Abort a connection that was closing already when this was called before: its client does not read.
+
+        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
+        """
+        if self.transport.is_closing():
+            if self._was_closing:
+                self.transport.abort()
+            self._was_closing = True
 
 
 def end_idle(transport: asyncio.Transport) -> None:

@@ -22,7 +22,7 @@ from websockets.server import ServerProtocol
 from proxy.model import DRAIN, App, Headers, Inbox, Message, Receive, Scope, Send
 from proxy.operations import OPERATIONS, Kind
 from proxy.outbox import Outbox
-from proxy.partings import end_idle
+from proxy.partings import Leaving, end_idle
 from proxy.signals import Flow, Signal
 
 _WEBSOCKETS: Final = frozenset(row.path for row in OPERATIONS if row.kind is Kind.DUPLEX)
@@ -80,23 +80,6 @@ class CycleInbox(Inbox):
             left()
 
 
-class Leaving:
-    """A part of a protocol: gives up a connection that does not get closed."""
-
-    transport: asyncio.Transport
-    _was_closing = False
-
-    def give_up_closing(self) -> None:
-        """Abort a connection that was closing already when this was called before: its client does not read.
-
-        A closed transport waits for its client to take what was written, and holds a descriptor for as long.
-        """
-        if self.transport.is_closing():
-            if self._was_closing:
-                self.transport.abort()
-            self._was_closing = True
-
-
 @cache
 def _no_pipeline() -> deque[Any]:
     """Give the pipeline of every connection, since none has one; a deque of its own would take 760 bytes of each."""
@@ -137,16 +120,21 @@ class OneAtATime(Leaving, HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)
         self.flow = Flow(transport)
+        self._wait_for_a_head()
 
     @override
     def on_message_begin(self) -> None:
         if self._is_answering():
             raise RefusedError("pipelined")
-        self._kept_since = math.inf
+        self._kept_since = self.loop.time()
         super().on_message_begin()
 
     @override
     def on_headers_complete(self) -> None:
+        hosts = [name for name, _ in self.headers].count(b"host")
+        if hosts != 1 and (hosts or self.parser.get_http_version() == "1.1"):  # RFC 9112 §3.2
+            raise RefusedError("not one Host")
+        self._kept_since = math.inf
         if self.parser.should_upgrade():
             if any(name in _ANNOUNCE_A_BODY for name, _ in self.headers):
                 raise RefusedError("a body behind an upgrade")
@@ -173,7 +161,16 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         if self._inbox is not None:
             self._inbox.tell_left()
 
-    # The timer of a kept connection goes on from one request to the next: to set one anew for each costs more.
+    @override
+    def eof_received(self) -> None:
+        """Take in at once that the client has left: the connection is lost only when it has read what was written."""
+        if self._is_answering():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+            if self._inbox is not None:
+                self._inbox.tell_left()
+
+    # The timer of a connection goes on from one request to the next: to set one anew for each costs more.
 
     @override
     def _unset_keepalive_if_required(self) -> None:
@@ -185,9 +182,7 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
-        self._kept_since = self.loop.time()
-        if self.timeout_keep_alive_task is None:
-            self._look_at(self._kept_since + self.timeout_keep_alive)
+        self._wait_for_a_head()
 
     @override
     def timeout_keep_alive_handler(self) -> None:
@@ -197,6 +192,12 @@ class OneAtATime(Leaving, HttpToolsProtocol):
             self.transport.close()
         elif due < math.inf:  # else a request is here, whose answer's end sets the timer
             self._look_at(due)
+
+    def _wait_for_a_head(self) -> None:
+        """Wait as long for the beginning of a request as, once more, for the end of its head."""
+        self._kept_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_at(self._kept_since + self.timeout_keep_alive)
 
     def _look_at(self, due: float) -> None:
         self.timeout_keep_alive_task = self.loop.call_at(due, self.timeout_keep_alive_handler)

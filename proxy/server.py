@@ -23,7 +23,8 @@ from proxy.environment import SettingsError
 from proxy.logs import BackgroundHandler, JsonFormatter, set_level
 from proxy.model import LAST_SECONDS, Lifecycle
 from proxy.outages import KeyStoreDown
-from proxy.protocol import Conversation, Leaving, OneAtATime
+from proxy.partings import Leaving
+from proxy.protocol import Conversation, OneAtATime
 from proxy.reload import Reload
 from proxy.settings import Settings
 from proxy.telemetry import Share, begin_telemetry
@@ -36,8 +37,6 @@ KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
 SETTLE_SECONDS: Final = 0.25, 1.0
 """For requests that were on their way when the port closed to arrive: at least, and at most for one that does not."""
-
-
 MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
 
 

@@ -119,15 +119,12 @@ class Stream:
         form = AgUiLines if self._run.wish is Wish.AG_UI else RawLines
         lines = form(self._errors, self._rules.max_line)
         first = b""
-        headers = [field for field in exchange.headers if field[0] != b"content-length"]  # a safe error line is longer
+        verdict = None
         if self._run.wish is Wish.LINES:
-            verdict = None
             while verdict is None and not exchange.ended:
                 first += self._noted(await self._next(exchange))
                 verdict = are_lines(first)
-            if verdict:
-                headers = [(n, v) for n, v in headers if n != b"content-type"] + [(b"content-type", LINES_TYPE)]
-        await self._begin(_OK, headers)
+        await self._begin(_OK, exchange.headers, media=LINES_TYPE if verdict else b"", resized=True)
         self._form = lines.feed
         body = lines.feed(first) if first else b""
         while not exchange.ended:
@@ -170,14 +167,25 @@ class Stream:
             record.end = End.STOPPED
         return record.end
 
-    async def _begin(self, status: int, headers: Headers) -> None:
+    async def _begin(self, status: int, headers: Headers, *, media: bytes = b"", resized: bool = False) -> None:
+        """Send the head, once; of another type with `media`, without a length where the body is `resized`.
+
+        A stream is its connection's last answer: a drain that begins meanwhile can announce nothing in this head, and
+        whoever kept the connection would send the next request to where nobody is (docs/adr/0021).
+        """
         if self._begun:
             return
         self._begun = True
-        head = downstream_headers(headers, status=status)
         if self._frames is not None:
-            head = [field for field in head if field[0] not in (b"content-type", b"content-length")]
-            head.append((b"content-type", EVENTS_TYPE + b"; charset=utf-8"))
+            media, resized = EVENTS_TYPE + b"; charset=utf-8", True
+        head = [
+            field
+            for field in downstream_headers(headers, status=status)
+            if not (resized and field[0] == b"content-length") and not (media and field[0] == b"content-type")
+        ]
+        if media:
+            head.append((b"content-type", media))
+        head.append((b"connection", b"close"))
         headers.clear()  # an open stream needs them no more
         await self._send({"type": "http.response.start", "status": status, "headers": head})
 

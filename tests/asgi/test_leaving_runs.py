@@ -313,3 +313,17 @@ async def test_a_run_that_ended_is_not_known_any_more() -> None:
 
     assert not course.run.stop_asked
     assert end_of(course.run) is End.DONE
+
+
+@pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.LINES, Wish.EVENTS, Wish.AG_UI])
+async def test_a_stream_is_the_last_on_its_connection_and_keeps_no_fields(wish: Wish) -> None:
+    """A drain that begins while it is open can tell no more that the connection closes; nor is its length kept."""
+    exchange = stream()
+    exchange.headers.append((b"content-length", b"60"))
+    course = Course(wish, exchange)
+    await course.task
+
+    head = course.client.sent[0]["headers"]
+    assert [value for name, value in head if name == b"connection"] == [b"close"]
+    assert [name for name, _ in head if name == b"content-length"] == []
+    assert exchange.headers == []

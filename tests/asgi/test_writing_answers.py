@@ -40,8 +40,8 @@ class Wire(asyncio.Transport):
         return {"peername": ("127.0.0.1", 5), "sockname": ("127.0.0.1", 6)}.get(name, default)
 
 
-def connect(answer: Answer) -> tuple[OneAtATime, Wire]:
-    """Open a connection to an application that answers every request so."""
+def connect(answer: Answer, clock: Any = None) -> tuple[OneAtATime, Wire]:
+    """Open a connection to an application that answers every request so; its timers run by `clock`, if there is one."""
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         await answer(send)
@@ -50,7 +50,7 @@ def connect(answer: Answer) -> tuple[OneAtATime, Wire]:
     config.load()
     state = ServerState()
     state.default_headers = [DATE]
-    protocol, wire = OneAtATime(config, state, {}, _loop=asyncio.get_running_loop()), Wire()
+    protocol, wire = OneAtATime(config, state, {}, _loop=clock or asyncio.get_running_loop()), Wire()
     protocol.connection_made(wire)
     return protocol, wire
 
@@ -228,9 +228,7 @@ async def test_a_kept_connection_is_closed_when_nobody_uses_it() -> None:
         await release.wait()
         await answering(start([LENGTH], follows=True), body(b"hi"))(send)
 
-    protocol, wire = connect(answer)
-    clock = Clock()
-    protocol.loop = clock  # type: ignore[assignment]  # what of a loop is used
+    protocol, wire = connect(answer, clock := Clock())
     seen = []
     for now in (10, 80, 150):  # it is used again before it was idle for 75 s
         clock.pass_to(now)
@@ -252,9 +250,7 @@ async def test_a_kept_connection_is_closed_when_nobody_uses_it() -> None:
 
 async def test_a_body_that_was_answered_unread_does_not_hold_its_connection() -> None:
     """Whoever is refused before his body is read has as long for the rest of it as for another request."""
-    protocol, wire = connect(answering(start([LENGTH], follows=True), body(b"hi")))
-    clock = Clock()
-    protocol.loop = clock  # type: ignore[assignment]  # what of a loop is used
+    protocol, wire = connect(answering(start([LENGTH], follows=True), body(b"hi")), clock := Clock())
     protocol.data_received(b"POST /agent/invoke HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
     await asyncio.gather(*protocol.tasks)
     seen = []
@@ -264,6 +260,21 @@ async def test_a_body_that_was_answered_unread_does_not_hold_its_connection() ->
         seen.append(wire.closed)
 
     assert seen == [False, False, True]
+
+
+@pytest.mark.parametrize(("sent", "closed_at"), [(b"", 75), (b"\r\n", 75), (b"GET /", 105)])
+async def test_a_head_is_not_waited_for_without_end(sent: bytes, closed_at: int) -> None:
+    """Whoever connects has as long to begin as anybody between two requests, and as long again for the whole head."""
+    protocol, wire = connect(answering(start([LENGTH], follows=True), body(b"hi")), clock := Clock())
+    clock.pass_to(30)
+    protocol.data_received(sent)
+    for now in range(31, closed_at):
+        clock.pass_to(now)
+        protocol.data_received(b"a" * bool(sent.strip()))
+    was_closed = wire.closed
+    clock.pass_to(closed_at)
+
+    assert (was_closed, wire.closed) == (False, True)
 
 
 async def test_a_lost_connection_leaves_no_timer() -> None:

@@ -35,12 +35,13 @@ async def rest_of(reader: asyncio.StreamReader) -> bytes:
 
 
 class House:
-    """A running proxy before an upstream that never ends its answer."""
+    """A running proxy before an upstream that never ends its answer: a part of one, or a flood when asked for that."""
 
-    def __init__(self, proxy: Proxy, token: str, gone: asyncio.Event) -> None:
+    def __init__(self, proxy: Proxy, token: str, gone: asyncio.Event, held_back: asyncio.Event) -> None:
         self.proxy = proxy
         self.token = token
         self.gone = gone
+        self.held_back = held_back
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open a connection to the proxy."""
@@ -51,11 +52,18 @@ class House:
 @pytest.fixture
 async def house(tmp_path: Path) -> AsyncIterator[House]:
     """Run it."""
-    gone = asyncio.Event()
+    gone, held_back = asyncio.Event(), asyncio.Event()
 
     async def talk(line: Line) -> None:
-        await line.request()
+        flood = b"flood" in await line.request()
         await line.write(CHUNKED_HEAD + chunk(b"part"))
+        with contextlib.suppress(ConnectionError):
+            while flood:
+                try:
+                    await asyncio.wait_for(line.write(chunk(b"x" * 65_536)), 0.3)
+                except TimeoutError:
+                    held_back.set()
+                    break
         await line.gone()
         gone.set()
 
@@ -63,7 +71,7 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     async with raw_upstream(talk) as upstream:
         proxy = await asyncio.to_thread(start_proxy, tmp_path, upstream.url, SECRET, **principals.environment())
         try:
-            yield House(proxy, principals.token("alice"), gone)
+            yield House(proxy, principals.token("alice"), gone, held_back)
         finally:
             await asyncio.to_thread(stop_proxy, proxy.process)
 
@@ -150,6 +158,20 @@ async def test_half_a_connection_is_none(house: House) -> None:
     writer.close()
 
 
+async def test_half_a_connection_that_is_not_read_is_none_either(house: House) -> None:
+    """Its run ends at once, whenever the client may come to take what was written."""
+    reader, writer = await house.connect()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]  # a transport of asyncio's streams can do that
+    writer.write(run(house.token, body=b'{"text":"flood"}'))
+    async with asyncio.timeout(20):
+        await house.held_back.wait()
+        writer.write_eof()
+        await house.gone.wait()
+
+    assert not reader.at_eof()
+    writer.close()
+
+
 async def test_a_client_that_leaves_after_a_long_body_is_noticed(house: House) -> None:
     """A body beyond what is buffered pauses the connection; its end is heard all the same."""
     reader, writer = await house.connect()
@@ -208,6 +230,29 @@ async def test_a_long_path_is_told_in_part(house: House) -> None:
     assert answer.startswith(b"HTTP/1.1 401")
     assert len(answer) < 2048
     assert len(line["path"]) == 1025
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("request_line", "hosts", "status"),
+    [
+        (b"GET /health/live HTTP/1.1", [], b"400"),
+        (b"GET /health/live HTTP/1.1", [b"a", b"b"], b"400"),
+        (b"GET /health/live HTTP/1.1", [b"a", b"a"], b"400"),
+        (b"GET /health/live HTTP/1.0", [b"a", b"b"], b"400"),
+        (b"GET /health/live HTTP/1.0", [], b"200"),
+        (b"GET /health/live HTTP/1.1", [b""], b"200"),
+    ],
+)
+async def test_a_request_has_one_host(house: House, request_line: bytes, hosts: list[bytes], status: bytes) -> None:
+    """RFC 9112 §3.2: those before us may each have taken another one for it."""
+    reader, writer = await house.connect()
+    fields = b"".join(b"host: %b\r\n" % host for host in hosts)
+    writer.write(request_line + b"\r\n" + fields + b"connection: close\r\n\r\n")
+    async with asyncio.timeout(10):
+        answer = await rest_of(reader)
+
+    assert answer.startswith(b"HTTP/1.1 " + status)
     writer.close()
 
 

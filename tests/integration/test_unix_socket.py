@@ -1,13 +1,17 @@
 """A sidecar that listens on a Unix socket: everything that goes to it goes there, and only who may can connect."""
 
+import fcntl
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,3 +143,26 @@ def test_a_sidecar_that_is_gone_is_502_until_it_is_back(house: House) -> None:
         "FileNotFoundError",
     }
     assert again.status_code == 200
+
+
+def test_one_server_at_a_time_takes_a_place(tmp_path: Path) -> None:
+    """Who comes while another is about to listen waits, and then finds the place taken."""
+    place, turn = tmp_path / "s", os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(turn, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(listen_on, place) for _ in range(2)]
+        inode = f":{tmp_path.stat().st_ino} "
+        while sum("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()) < 2:
+            assert not any(one.done() for one in both)
+            time.sleep(0.01)
+        existed = place.exists()
+        os.close(turn)
+        faults = [one.exception(20) for one in both]
+        listening = [one.result() for one in both if one.exception() is None]
+
+    assert not existed
+    assert [type(fault) for fault in faults if fault is not None] == [OSError]
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(place))
+    for listener in listening:
+        listener.close()

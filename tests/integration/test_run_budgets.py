@@ -177,7 +177,8 @@ async def test_a_stream_ends_where_its_budget_does(redis: Redis, tmp_path: Path)
             events = parse_events((await as_events.post("/agent/stream", json=RUN)).content)
             while len(stopped) < 2:
                 await asyncio.sleep(0.01)
-        lines = [line for line in proxy.log_lines() if line.get("end") == "budget_spent"]
+            while len(lines := [line for line in proxy.log_lines() if line.get("end") == "budget_spent"]) < 2:
+                await asyncio.sleep(0.01)
 
     assert cut.startswith(DELTA)
     assert (events[0].name, events[-1].name) == ("message", "stopped")

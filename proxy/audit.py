@@ -30,9 +30,7 @@ class Audit:
         if pair in self._addresses:
             self._addresses.move_to_end(pair)
             return
-        self._addresses[pair] = None
-        if len(self._addresses) > self._most:
-            self._addresses.popitem(last=False)
+        self._remember(pair)
         write("key.used_from_new_address", key_id=principal.key_id, name=principal.name, **_where(record))
 
     def note_refusal(self, kind: CredentialKind, record: Record, *, reason: str, key_id: str = "") -> None:
@@ -40,6 +38,27 @@ class Audit:
         named = {"key_id": key_id} if key_id else {}
         event = "key.refused" if kind is CredentialKind.API_KEY else "token.refused"
         write(event, reason=reason, **named, **_where(record))
+
+    def note_unreadable(self, record: Record, *, reason: str) -> None:
+        """Tell why nobody knows what was presented: it was no credential, or two."""
+        write("credential.refused", reason=reason, **_where(record))
+
+    def note_delegation_refusal(self, principal: Principal, record: Record, *, reason: str) -> None:
+        """Tell that a caller may not act for another; once a minute of one caller at one address.
+
+        He is proven, so that no failures run out which would bound the lines.
+        """
+        pair = (f"{int(record.started // 60)} {principal.namespace}", address_partition(record.address))
+        if pair in self._addresses:
+            return
+        self._remember(pair)
+        named = {"key_id": principal.key_id} if principal.key_id else {}
+        write("delegation.refused", reason=reason, name=principal.name, **named, **_where(record))
+
+    def _remember(self, pair: tuple[str, str]) -> None:
+        self._addresses[pair] = None
+        if len(self._addresses) > self._most:
+            self._addresses.popitem(last=False)
 
 
 class AuditFile(WatchedFileHandler):

@@ -19,7 +19,7 @@ from proxy.credentials import (
     with_offered_bearer,
 )
 from proxy.delegation import act_for_named
-from proxy.errors import CredentialInvalid, CredentialMissing, MalformedCredential
+from proxy.errors import ClientProblem, CredentialInvalid, CredentialMissing, MalformedCredential
 from proxy.failures import Failures
 from proxy.keycache import KeyCache
 from proxy.model import (
@@ -102,7 +102,9 @@ class Authentication:
     """ASGI middleware that puts the principal into the request's Record, or raises the refusal.
 
     A failed credential counts against its address. Once the address has spent its failures, what is not recalled
-    is refused unproven: guessing then costs us little, and it costs the address's known callers nothing.
+    is refused unproven: guessing then costs us little, and it costs the address's known callers nothing. The same
+    answer gets what was still being proven when they were spent, whatever came of it. A proof that is under way is
+    no failure: a service may present hundreds of users at once.
     """
 
     def __init__(
@@ -139,7 +141,11 @@ class Authentication:
         if principal.key_id:
             self._audit.note_use(principal, record)
         record.principal = principal  # in the access line, whomever it acts for
-        record.principal = act_for_named(principal, scope["headers"])
+        try:
+            record.principal = act_for_named(principal, scope["headers"])
+        except ClientProblem as problem:
+            self._audit.note_delegation_refusal(principal, record, reason=problem.detail)
+            raise
         if self._lifecycle.draining:
             raise Draining
         return self._app(scope, receive, send)
@@ -147,34 +153,44 @@ class Authentication:
     async def _reprove(self, headers: Headers, record: Record) -> Principal:
         credential = self._read(headers, record)
         principal = self._authenticator.recall(credential) or await self._prove(credential, record)
-        return act_for_named(principal, headers)
+        try:
+            return act_for_named(principal, headers)
+        except ClientProblem as problem:
+            self._audit.note_delegation_refusal(principal, record, reason=problem.detail)
+            raise
 
     def _offered(self, headers: Headers, record: Record) -> Headers:
         try:
             return with_offered_bearer(headers)
-        except MalformedCredential:
-            self._failures.spend(record.address)
+        except MalformedCredential as problem:
+            self._fail_unread(record, problem.detail)
             raise
 
     def _read(self, headers: Headers, record: Record) -> Credential:
         try:
             credential = read_credential(headers)
-        except MalformedCredential:
-            self._failures.spend(record.address)
+        except MalformedCredential as problem:
+            self._fail_unread(record, problem.detail)
             raise
         if credential is None:
             raise CredentialMissing
         return credential
 
+    def _fail_unread(self, record: Record, reason: str) -> None:
+        self._failures.spend(record.address)
+        self._audit.note_unreadable(record, reason=reason)
+
     async def _prove(self, credential: Credential, record: Record) -> Principal:
         self._failures.require_room(record.address)
         try:
-            return await self._authenticator.prove(credential)
+            principal = await self._authenticator.prove(credential)
         except CredentialInvalid as problem:
+            self._failures.spend(record.address)
             kind = CredentialKind.API_KEY if isinstance(credential, ApiKey) else CredentialKind.JWT
             self._audit.note_refusal(kind, record, reason=problem.reason, key_id=_key_id(credential))
-            self._failures.spend(record.address)
             raise
+        self._failures.require_room(record.address)  # others may have failed meanwhile
+        return principal
 
 
 def _key_id(credential: Credential) -> str:

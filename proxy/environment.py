@@ -3,7 +3,9 @@
 Reads the environment it is given and the files that it names; nothing else, and never later.
 """
 
+import math
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +14,7 @@ from pydantic import SecretStr, ValidationError
 from proxy.issuers import MIN_SECRET_BYTES
 from proxy.keys import parse_keys
 from proxy.limitsettings import SIMPLE, parse_policies
-from proxy.settings import KeySettings, Settings
+from proxy.settings import DATABASE_FORMS, KeySettings, Settings
 from proxy.tokensettings import readable_issuers
 
 PREFIX: Final = "PROXY_"
@@ -36,15 +38,16 @@ def load(environment: Mapping[str, str]) -> Settings:
     """
     values, variables, problems = _gather(environment)
     unread = {name for name in variables if name not in values}
-    settings = None
+    settings, faulty = None, set[str]()
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
         for fault in error.errors():
             name = str(fault["loc"][0])
+            faulty.add(name)
             if name not in unread:
                 problems.append(f"{variables.get(name, PREFIX + name.upper())}: {_sentence(fault)}")
-    problems += _faults_between(values, set(variables))
+    problems += _faults_between(values, set(variables)) + _faults_of_fetching(values, faulty)
     if settings is None or problems:
         raise SettingsError(problems)
     return settings
@@ -57,8 +60,12 @@ def load_key_settings(environment: Mapping[str, str]) -> KeySettings:
     try:
         return KeySettings.model_validate(values)
     except ValidationError as error:
-        faults = (f"{PREFIX}{str(fault['loc'][0]).upper()}: {_sentence(fault)}" for fault in error.errors())
-        raise SettingsError(problems or list(faults)) from error
+        faults = [
+            f"{PREFIX}{str(fault['loc'][0]).upper()}: {_sentence(fault)}"
+            + (f", as {DATABASE_FORMS}" if fault["type"] == "missing" else "")  # nothing else is required
+            for fault in error.errors()
+        ]
+        raise SettingsError(problems or faults) from error
 
 
 def _gather(environment: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -104,6 +111,27 @@ def _faults_between(values: Mapping[str, str], given: set[str]) -> list[str]:
         faults.append("settings: PROXY_AGENT_SECRET, PROXY_JWT_SECRET and PROXY_THREAD_SECRET must differ")
     if "jwt_secret" in given and values.get("jwt_issuer") in {issuer.rules.issuer for issuer in issuers}:
         faults.append("settings: PROXY_JWT_ISSUER is in PROXY_ISSUERS_FILE too; one of them must go")
+    return faults
+
+
+def _faults_of_fetching(values: Mapping[str, str], faulty: AbstractSet[str]) -> list[str]:
+    """Find what contradicts itself in how fetched keys are kept; of what is `faulty` in itself nothing is said."""
+
+    def seconds(name: str) -> float:
+        return math.nan if name in faulty else float(values.get(name, Settings.model_fields[name].default))
+
+    refresh, cooldown, stale = map(seconds, ("jwks_refresh_seconds", "jwks_cooldown_seconds", "jwks_stale_seconds"))
+    faults = []
+    if stale < refresh:
+        faults.append(
+            "settings: keys would end before they are fetched again: PROXY_JWKS_STALE_SECONDS must be at least "
+            f"PROXY_JWKS_REFRESH_SECONDS ({refresh:g}), or that one at most {stale:g}"
+        )
+    if cooldown > refresh:
+        faults.append(
+            "settings: keys could not be fetched when they are due: PROXY_JWKS_COOLDOWN_SECONDS must be at most "
+            f"PROXY_JWKS_REFRESH_SECONDS ({refresh:g}), or that one at least {cooldown:g}"
+        )
     return faults
 
 

@@ -123,7 +123,7 @@ class RemoteKeys:
         Raises KeysUnavailable when there has been no good set, or none for `FetchRules.stale` seconds.
         """
         age = self._clock() - self._fetched
-        if age >= self._fresh and not (self._failing and self._keys):
+        if age >= self._fresh and not (self._failing and age < self._rules.stale):
             await self._refresh()
         elif age >= self._fresh * _AHEAD:
             self._start()

@@ -6,6 +6,7 @@ Never sees a key, only digests; every answer comes within a stated time, or is K
 import asyncio
 import dataclasses
 import inspect
+import itertools
 import os
 from collections.abc import AsyncGenerator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any, Final
 import aiosqlite
 import asyncpg  # type: ignore[import-untyped]
 import sqlalchemy as sql
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from proxy.migrations import is_at_head, upgrade
@@ -25,6 +26,8 @@ ANSWER_SECONDS: Final = 1.5
 """How long one answer to a serving process may take; with the time between polls it bounds a revocation."""
 _CONNECTIONS: Final = 3  # one each for the watch, the look-ups and the uses
 _LAST_PORT: Final = 65_535
+_BATCH: Final = 400
+"""Keys that one statement asks for, by id and by name: SQLite once took 999 values at most."""
 _NO_ADDRESS: Final = (
     "is no address of a database: %-code what is neither letter nor digit in user and password, "
     "and after ? name asyncpg's options only (sslmode is called ssl there)"
@@ -121,7 +124,7 @@ class SqlKeyStore:
         key has, and for an id with another digest.
         """
         async with self._changing() as (connection, number):
-            return {key.id: await _put(connection, dataclasses.replace(key, changed=number)) for key in keys}
+            return await _put(connection, [dataclasses.replace(key, changed=number) for key in keys])
 
     async def rotate(self, old: StoredKey, new: StoredKey, *, grace_ends: int) -> None:
         """Write `new` in the place of `old`, which works on until `grace_ends` (Unix seconds)."""
@@ -134,7 +137,7 @@ class SqlKeyStore:
             done = await connection.execute(sql.update(KEYS).where(free, same).values(retired))
             if done.rowcount != 1:
                 raise KeyRefusedError(f"{old.name}: the key {old.id} was rotated or revoked before, or just changed")
-            await _put(connection, dataclasses.replace(new, changed=number))
+            await _put(connection, [dataclasses.replace(new, changed=number)])
 
     async def revoke(self, key_ids: Collection[str], now: int) -> None:
         """Let these keys work no more, from `now` on."""
@@ -167,23 +170,58 @@ class SqlKeyStore:
             raise KeyStoreDown(reason=type(error).__name__) from error
 
 
-async def _put(connection: AsyncConnection, key: StoredKey) -> str:
-    row = _row_of(key)
-    known = (await connection.execute(sql.select(KEYS).where(KEYS.c.id == key.id))).one_or_none()
-    try:
-        if known is None:
-            await connection.execute(sql.insert(KEYS).values(row))
-            return "created"
-        if known.digest != key.digest:
-            raise KeyRefusedError(f"{key.name}: the id {key.id} belongs to another key")
-        named = {name: row[name] for name in _CHANGEABLE}
-        if all(getattr(known, name) == value for name, value in named.items()):
-            return "unchanged"
-        named["changed"] = key.changed
-        await connection.execute(sql.update(KEYS).where(KEYS.c.id == key.id).values(named))
-    except IntegrityError as error:
-        raise KeyRefusedError(f"{key.name}: another key has this name; rotate or revoke that one") from error
-    return "changed"
+async def _put(connection: AsyncConnection, keys: Sequence[StoredKey]) -> dict[str, str]:
+    """Insert what is new and update what changed, however many keys in few statements; decided before, under the lock.
+
+    Gives and raises what `SqlKeyStore.add` does.
+    """
+    known, holders = await _known(connection, keys)
+    # In the order in which uses are noted: in two orders each could wait for what the other has locked.
+    rows = {key.id: _row_of(key) for key in sorted(keys, key=lambda key: key.id)}
+    outcomes = {key.id: _outcome(known.get(key.id), key, rows[key.id]) for key in keys}
+    renamed = [key_id for key_id, row in rows.items() if key_id in known and known[key_id].name != row["name"]]
+    for key_id in renamed:
+        if holders.get(known[key_id].name) == key_id:
+            del holders[known[key_id].name]
+    for key in keys:
+        if _is_current(known.get(key.id)) and holders.setdefault(key.name, key.id) != key.id:
+            raise KeyRefusedError(f"{key.name}: another key has this name; rotate or revoke that one")
+    this = KEYS.c.id == sql.bindparam("key_id")
+    if renamed:  # to what is no name, so that they may exchange theirs
+        away = [{"key_id": key_id, "away": f"~{key_id}"} for key_id in renamed]
+        await connection.execute(sql.update(KEYS).where(this).values(name=sql.bindparam("away")), away)
+    if changed := [rows[key_id] for key_id in rows if outcomes[key_id] == "changed"]:
+        values: dict[str, Any] = {name: sql.bindparam(f"new_{name}") for name in (*_CHANGEABLE, "changed")}
+        told = [{"key_id": row["id"]} | {f"new_{name}": row[name] for name in values} for row in changed]
+        await connection.execute(sql.update(KEYS).where(this).values(values), told)
+    if new := [rows[key_id] for key_id in rows if outcomes[key_id] == "created"]:
+        await connection.execute(sql.insert(KEYS), new)
+    return outcomes
+
+
+async def _known(
+    connection: AsyncConnection, keys: Sequence[StoredKey]
+) -> tuple[dict[str, sql.Row[Any]], dict[str, str]]:
+    """Give the stored rows that have an id or, being current, a name of `keys`; and the current ones' ids by name."""
+    known: dict[str, sql.Row[Any]] = {}
+    for batch in itertools.batched(keys, _BATCH, strict=False):
+        named = KEYS.c.name.in_([key.name for key in batch]) & KEYS.c.replaced_by.is_(None) & KEYS.c.revoked.is_(None)
+        either = sql.select(KEYS).where(KEYS.c.id.in_([key.id for key in batch]) | named)
+        known |= {row.id: row for row in await connection.execute(either)}
+    return known, {row.name: row.id for row in known.values() if _is_current(row)}
+
+
+def _is_current(row: sql.Row[Any] | None) -> bool:
+    """Say whether a key's name is its own; so it is of one that is new."""
+    return row is None or (row.replaced_by is None and row.revoked is None)
+
+
+def _outcome(known: sql.Row[Any] | None, key: StoredKey, row: dict[str, Any]) -> str:
+    if known is None:
+        return "created"
+    if known.digest != key.digest:
+        raise KeyRefusedError(f"{key.name}: the id {key.id} belongs to another key")
+    return "unchanged" if all(getattr(known, name) == row[name] for name in _CHANGEABLE) else "changed"
 
 
 def _row_of(key: StoredKey) -> dict[str, Any]:

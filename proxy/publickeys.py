@@ -1,4 +1,4 @@
-"""Keys that prove signatures: shared secrets, PEM files, JSON Web Keys; each for named algorithms only.
+"""Keys that prove signatures: shared secrets, PEM files, JSON Web Keys; each for one algorithm only (RFC 8725 §3.1).
 
 Beside `tokens` the only room that imports `jwt`; never fetches a key, and never takes one from a token.
 """
@@ -6,6 +6,7 @@ Beside `tokens` the only room that imports `jwt`; never fetches a key, and never
 import math
 import re
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -32,9 +33,9 @@ type PublicKey = RSAPublicKey | EllipticCurvePublicKey | Ed25519PublicKey
 
 @dataclass(frozen=True, slots=True)
 class VerificationKey:
-    """A key, what may be verified with it, and its id if its issuer gave it one."""
+    """A key, the one algorithm that it is used with, and its id if its issuer gave it one."""
 
-    algorithms: frozenset[str]
+    algorithm: str
     key: PublicKey | bytes = field(repr=False)
     id: str | None = None
 
@@ -80,15 +81,13 @@ class Signatures:
         if algorithm is None:
             return False
         return any(
-            algorithm.verify(token.signed, key.key, token.signature)
-            for key in keys
-            if token.algorithm in key.algorithms
+            algorithm.verify(token.signed, key.key, token.signature) for key in keys if key.algorithm == token.algorithm
         )
 
 
 def candidates(keys: Iterable[VerificationKey], key_id: str | None, algorithm: str) -> tuple[VerificationKey, ...]:
     """Choose the keys for `algorithm` and, among those that have an id, the ones with `key_id` if there is one."""
-    fit = (key for key in keys if algorithm in key.algorithms and (None in (key_id, key.id) or key.id == key_id))
+    fit = (key for key in keys if key.algorithm == algorithm and (None in (key_id, key.id) or key.id == key_id))
     return tuple(fit)[:_MOST_TRIED]
 
 
@@ -98,11 +97,14 @@ def shared_key(secret: str) -> VerificationKey:
         prepared = get_default_algorithms()["HS256"].prepare_key(secret)
     except jwt.InvalidKeyError as error:
         raise ValueError("must be a secret, not a key in PEM or JWK form") from error
-    return VerificationKey(SHARED, prepared)
+    return VerificationKey("HS256", prepared)
 
 
 def pem_keys(text: str, algorithms: frozenset[str]) -> tuple[VerificationKey, ...]:
-    """Read every public key of a PEM text. Raises ValueError for anything else in it."""
+    """Read every public key of a PEM text; each is for that of `algorithms` which fits it, of RS256 and PS256 RS256.
+
+    Raises ValueError for anything else in it.
+    """
     blocks = list(_PEM.finditer(text))
     if not blocks:
         raise ValueError("holds no PEM block")
@@ -116,14 +118,17 @@ def pem_keys(text: str, algorithms: frozenset[str]) -> tuple[VerificationKey, ..
             key = load_pem_public_key(block[0].encode())
         except (ValueError, UnsupportedAlgorithm) as error:
             raise ValueError("holds a block that is no public key") from error
-        keys.append(VerificationKey(_fitting(key) & algorithms, _public(key)))
-        if not keys[-1].algorithms:
+        algorithm = _algorithm_of(key, algorithms)
+        if algorithm is None:
             raise ValueError(f"holds a key that fits none of {', '.join(sorted(algorithms))}")
+        keys.append(VerificationKey(algorithm, _public(key)))
     return tuple(keys)
 
 
 def set_keys(document: object, algorithms: frozenset[str]) -> tuple[VerificationKey, ...]:
     """Read the usable keys of a JSON Web Key Set (RFC 7517 §5: others are passed over).
+
+    A key is for its own `alg` if it has one and that is among `algorithms`; else as in a PEM text.
 
     Raises ValueError when it is no key set, or nothing in it is of use.
     """
@@ -146,10 +151,10 @@ def _set_key(entry: object, algorithms: frozenset[str]) -> VerificationKey | Non
         return None
     try:
         key = _imported(entry)
-        fitting = _fitting(key) & algorithms & ({algorithm} if algorithm is not None else PUBLIC)
+        used = _algorithm_of(key, algorithms if algorithm is None else algorithms & {algorithm})
     except ValueError:
         return None
-    return VerificationKey(fitting, _public(key), key_id) if fitting else None
+    return VerificationKey(used, _public(key), key_id) if used is not None else None
 
 
 def _imported(entry: dict[str, Any]) -> object:
@@ -172,18 +177,22 @@ def _imported(entry: dict[str, Any]) -> object:
     return key
 
 
-def _fitting(key: object) -> frozenset[str]:
-    """Give the algorithms of a key; none for a weak one. Raises ValueError for one of another kind."""
+def _algorithm_of(key: object, allowed: AbstractSet[str]) -> str | None:
+    return next((name for name in _fitting(key) if name in allowed), None)
+
+
+def _fitting(key: object) -> tuple[str, ...]:
+    """Give the algorithms that fit a key, the usual one first. Raises ValueError for a weak or another kind of key."""
     if isinstance(key, RSAPublicKey):
         least, most = _RSA_BITS
         exponent = key.public_numbers().e
         if not least <= key.key_size <= most or exponent < _LEAST_EXPONENT:
             raise ValueError(f"holds an RSA key of {key.key_size} bits and exponent {exponent}; too weak or too large")
-        return frozenset({"RS256", "PS256"})
+        return "RS256", "PS256"
     if isinstance(key, EllipticCurvePublicKey) and isinstance(key.curve, SECP256R1):
-        return frozenset({"ES256"})
+        return ("ES256",)
     if isinstance(key, Ed25519PublicKey):
-        return frozenset({"EdDSA"})
+        return ("EdDSA",)
     raise ValueError("holds a key that is neither RSA, P-256 nor Ed25519")
 
 

@@ -5,6 +5,7 @@ Looks at the file every two seconds at most, when asked; never forgets what it k
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,9 @@ from proxy.jose import decode_strictly
 log: Final = logging.getLogger("agentflow_proxy.tokens")
 POLL_SECONDS: Final = 2.0
 _MOST_BYTES: Final = 4 << 20
+_TEXT: Final = r'"([^"\\\x00-\x1f\x7f-\U0010ffff]{1,255})"'
+_PLAIN: Final = re.compile(rf'\{{"(jti|subject)": ?{_TEXT}(?:, ?"issuer": ?{_TEXT})?\}}')
+"""The usual line, which can mean nothing else. A full file is read on the event loop, so in a fourth of the time."""
 
 type Name = Annotated[str, Field(min_length=1, max_length=255)]
 
@@ -80,6 +84,13 @@ def parse_revocations(text: str) -> RevocationList:
     tokens: set[tuple[str | None, str]] = set()
     subjects: dict[tuple[str | None, str], float] = {}
     for number, line in enumerate(text.splitlines(), 1):
+        if (plain := _PLAIN.fullmatch(line)) is not None:
+            kind, name, issuer = plain.groups()
+            if kind == "jti":
+                tokens.add((issuer, name))
+            else:
+                subjects[issuer, name] = float("inf")
+            continue
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:

@@ -26,6 +26,7 @@ from proxy.storedkeys import StoredKey
 from proxy.telemetrysettings import TelemetrySettings
 from proxy.tokensettings import Seconds, TokenSettings
 
+DATABASE_FORMS: Final = "sqlite+aiosqlite:///<file> or postgresql+asyncpg://<user>@<host>/<database>"
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 
@@ -41,7 +42,7 @@ def _secret(value: object) -> object:
 
 def _database_url(value: object) -> object:
     if isinstance(value, str) and _DATABASE.match(value) is None:
-        raise ValueError("must be sqlite+aiosqlite:///<file> or postgresql+asyncpg://<user>@<host>/<database>")
+        raise ValueError(f"must be {DATABASE_FORMS}")
     return value
 
 

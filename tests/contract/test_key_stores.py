@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sql
 
 from proxy.keys import StaticKeyStore
 from proxy.keystore import SqlKeyStore
@@ -216,6 +217,65 @@ async def test_what_is_declared_twice_changes_nothing(database: SqlKeyStore) -> 
     assert outcomes == ["created", "unchanged", "changed"]
     with pytest.raises(KeyRefusedError, match="belongs to another key"):
         await database.add([dataclasses.replace(ALICE, digest="f" * 64)])
+
+
+async def test_names_may_be_exchanged_and_handed_on(database: SqlKeyStore) -> None:
+    """What counts is whose each name is in the end, in whatever order the keys are declared."""
+    carol = dataclasses.replace(BOB, id="C" * 12, digest="c" * 64, name="carol")
+    await database.add([ALICE, BOB])
+
+    swapped = [dataclasses.replace(ALICE, name="bob"), dataclasses.replace(BOB, name="alice")]
+    outcomes = [await database.add(swapped)]
+    handed_on = [dataclasses.replace(carol, name="bob"), dataclasses.replace(ALICE, name="anna")]
+    outcomes.append(await database.add(handed_on))
+
+    assert [list(outcome.values()) for outcome in outcomes] == [["changed", "changed"], ["created", "changed"]]
+    names = {key.id[0]: (key.name, key.changed) for key in await database.all_keys()}
+    assert names == {"A": ("anna", 3), "B": ("alice", 2), "C": ("bob", 3)}
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        dataclasses.replace(BOB, id="Z" * 12, name="alice"),
+        dataclasses.replace(BOB, id="Z" * 12, name="n7"),
+        dataclasses.replace(BOB, name="alice"),
+        dataclasses.replace(BOB, digest="f" * 64),
+    ],
+    ids=["a new key", "a name that comes twice", "a renamed key", "another key's id"],
+)
+async def test_of_many_keys_all_are_written_or_none(database: SqlKeyStore, last: StoredKey) -> None:
+    """The last of a thousand is told by its name, and nothing of them is there, not even their number."""
+    await database.add([ALICE, BOB])
+    before = await database.all_keys(), await database.change_number()
+    keys = [dataclasses.replace(BOB, id=f"{n:012}", name=f"n{n}", caller=f"{n:012}") for n in range(1000)]
+
+    with pytest.raises(KeyRefusedError, match=f"^{last.name}: "):
+        await database.add([dataclasses.replace(ALICE, tier="gold"), *keys, last])
+
+    assert (await database.all_keys(), await database.change_number()) == before
+
+
+async def test_many_keys_are_few_statements(database: SqlKeyStore) -> None:
+    """New, changed, unchanged, renamed: not a statement for each key, of which tens of thousands come at once."""
+    keys = [dataclasses.replace(BOB, id=f"{n:012}", name=f"n{n}", caller=f"{n:012}") for n in range(2000)]
+    other = [
+        dataclasses.replace(key, tier="free", name=f"m{key.name}" if int(key.id) % 3 else key.name) for key in keys
+    ]
+    told: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        told.append(statement)
+
+    sql.event.listen(database._engine.sync_engine, "before_cursor_execute", note)
+    try:
+        outcomes = [set((await database.add(part)).values()) for part in (keys, keys, other)]
+    finally:
+        sql.event.remove(database._engine.sync_engine, "before_cursor_execute", note)
+
+    assert outcomes == [{"created"}, {"unchanged"}, {"changed"}]
+    assert len(told) < 50
+    assert {key.name for key in await database.all_keys()} == {key.name for key in other}
 
 
 async def test_a_revoked_key_cannot_be_declared_back(database: SqlKeyStore) -> None:

@@ -184,7 +184,12 @@ def test_keys_do_not_outlive_their_provider_for_ever(start: Start, provider: Pro
 
 def test_unknown_keys_cost_the_provider_nothing(start: Start, provider: Provider) -> None:
     """Any number of made-up key ids is one fetch, until the cooldown is over."""
-    proxy = start(provider.entry(), PROXY_JWKS_COOLDOWN_SECONDS="60", PROXY_JWKS_REFRESH_SECONDS="600")
+    slow = {
+        "PROXY_JWKS_COOLDOWN_SECONDS": "60",
+        "PROXY_JWKS_REFRESH_SECONDS": "600",
+        "PROXY_JWKS_TIMEOUT_SECONDS": "20",
+    }
+    proxy = start(provider.entry(), **slow)
 
     statuses = [met(proxy, fresh(provider, make_signer("ES256", secrets.token_hex(4)))) for _ in range(30)]
 

@@ -109,7 +109,14 @@ def test_no_store_is_told_as_such(tmp_path: Path) -> None:
     ]
 
     for text, part in zip(
-        told, ("is required", "must be sqlite", "does not answer", "run: agentflow-proxy migrate"), strict=True
+        told,
+        (
+            "is required, as sqlite+aiosqlite:///<file> or ",
+            "must be sqlite",
+            "does not answer",
+            "run: agentflow-proxy migrate",
+        ),
+        strict=True,
     ):
         assert "PROXY_DATABASE_URL: " in text
         assert part in text

@@ -278,9 +278,12 @@ async def test_guessing_does_not_load_the_database(operator: Operator, postgres:
 
 
 async def test_the_audit_log_tells_who_did_what_and_no_secret(operator: Operator) -> None:
-    """Made, used, rotated, refused, revoked: each is a line with a name; no key, and no digest, is in any log."""
+    """Made, used, rotated, refused, revoked: each is a line with a name; no key, and no digest, is in any log.
+
+    What is no credential is refused too, as is whoever would act for another; nothing of what they wrote is told.
+    """
     made = await asyncio.to_thread(operator.keys, "create", "--name", "audited", "--by", "ci")
-    stranger = make_key(secrets.choice)
+    stranger, slip = make_key(secrets.choice), secrets.token_urlsafe(24)
     async with proxies(1, operator, PROXY_TRUSTED_HOPS="1") as (proxy,):
         async with httpx.AsyncClient(base_url=proxy.url, timeout=20) as client:
             for address in ("192.0.2.1", "192.0.2.1", "2001:db8::1", "2001:db8::2", "\x9b31m"):
@@ -290,6 +293,13 @@ async def test_the_audit_log_tells_who_did_what_and_no_secret(operator: Operator
                 )
             await client.get("/agent/ping", headers={"X-API-Key": stranger})
             await client.get("/agent/ping", headers={"Authorization": "Bearer a.b.c"})
+            for headers in (
+                {"Authorization": f"Basic {slip}"},
+                {"Authorization": f"Bearer {slip}", "X-API-Key": made["key"]},
+                {"X-API-Key": made["key"], "X-On-Behalf-Of": slip},
+                {"X-API-Key": made["key"], "X-On-Behalf-Of": slip},
+            ):
+                await client.get("/agent/ping", headers=headers | {"X-Forwarded-For": "192.0.2.1"})
         new = await asyncio.to_thread(operator.keys, "rotate", "audited")
         await asyncio.to_thread(operator.keys, "revoke", made["id"])
         log = proxy.log.read_text()
@@ -304,10 +314,23 @@ async def test_the_audit_log_tells_who_did_what_and_no_secret(operator: Operator
         ("key.refused", None, None, "127.0.0.1"),
         ("token.refused", None, None, "127.0.0.1"),
     ]
-    assert [(line["event"], line["by"]) for line in lines[6:]] == [("key.rotated", "olga"), ("key.revoked", "olga")]
-    assert [line["reason"] for line in lines if "reason" in line] == ["key unknown", "tokens are not configured"]
+    assert told[6:9] == [
+        ("credential.refused", None, None, "192.0.2.1"),
+        ("credential.refused", None, None, "192.0.2.1"),
+        ("delegation.refused", "audited", None, "192.0.2.1"),
+    ]
+    after = [line for line in lines[9:] if line["event"] != "delegation.refused"]  # the minute may have ended between
+    assert [(line["event"], line["by"]) for line in after] == [("key.rotated", "olga"), ("key.revoked", "olga")]
+    assert [line["reason"] for line in lines if "reason" in line][:5] == [
+        "key unknown",
+        "tokens are not configured",
+        "The Authorization scheme must be Bearer.",
+        "Present exactly one credential, once.",
+        "This operation needs the scope agent:impersonate.",
+    ]
+    assert lines[8]["key_id"] == made["id"]
     raw = operator.audit.read_text()
-    for secret in (made["key"], new["key"], stranger, made["key"].split("_")[2], stranger.split("_")[2]):
+    for secret in (made["key"], new["key"], stranger, made["key"].split("_")[2], stranger.split("_")[2], slip):
         assert secret not in raw + log
     assert raw.replace("\n", "").isprintable()
     assert raw.isascii()

@@ -20,7 +20,6 @@ from proxy.issuers import Issuer, shared_secret_issuer
 from proxy.jose import UnprovenToken, read_token
 from proxy.model import Principal
 from proxy.publickeys import PUBLIC, KnownKeys, Signatures, VerificationKey, pem_keys, set_keys, shared_key
-from proxy.publickeys import SHARED as SHARED_ONLY
 from proxy.tokens import TokenVerifier
 from tests.support.jose import Signer, b64, compact, hmac_signed, make_signer
 
@@ -41,11 +40,11 @@ HS: Final = {"alg": "HS256", "typ": "JWT"}
 LONG: Final = "9" * 5000
 
 
-def verifier() -> TokenVerifier:
-    """Make a verifier of one issuer with a secret and one with every kind of public key."""
+def verifier(algorithms: frozenset[str] = PUBLIC) -> TokenVerifier:
+    """Make a verifier of one issuer with a secret and one with every kind of public key, of which RSA's has no alg."""
     shared = shared_secret_issuer([SECRET.decode()], rules(SHARED))
-    keys = set_keys({"keys": [RSA.jwk(alg=None), EC.jwk(), ED.jwk()]}, PUBLIC)
-    keyed = Issuer(rules=rules(KEYED), algorithms=PUBLIC, keys=keys)
+    keys = set_keys({"keys": [RSA.jwk(alg=None), EC.jwk(), ED.jwk()]}, algorithms)
+    keyed = Issuer(rules=rules(KEYED), algorithms=algorithms, keys=keys)
     return TokenVerifier([(issuer, KnownKeys(issuer.keys)) for issuer in (shared, keyed)], lambda: NOW)
 
 
@@ -80,8 +79,9 @@ def changed(**claims: object) -> dict[str, object]:
 @pytest.mark.parametrize("signer", [RSA, PSS, EC, ED], ids=lambda signer: signer.algorithm)
 def test_an_honest_token_is_proven(signer: Signer) -> None:
     """Each algorithm, with and without a key id and a type, proves its subject."""
+    by = verifier(PUBLIC - {"RS256"} if signer is PSS else PUBLIC)
     for header in ({}, {"kid": None}, {"typ": None}, {"typ": "at+jwt"}, {"typ": "application/at+jwt"}, {"x5t": "abc"}):
-        assert prove(signer.sign(GOOD, **header)).namespace == f"jwt:18:{KEYED}:alice"
+        assert prove(signer.sign(GOOD, **header), by).namespace == f"jwt:18:{KEYED}:alice"
 
 
 def test_an_honest_shared_token_is_proven() -> None:
@@ -530,7 +530,7 @@ EXAMPLES: Final[dict[str, tuple[str, str, str, str, object]]] = {
 
 def keys_of(key: object) -> tuple[VerificationKey, ...]:
     """Read a published key, shared or public, as the proxy reads its own."""
-    return (VerificationKey(SHARED_ONLY, unb64(key)),) if isinstance(key, str) else set_keys({"keys": [key]}, PUBLIC)
+    return (VerificationKey("HS256", unb64(key)),) if isinstance(key, str) else set_keys({"keys": [key]}, PUBLIC)
 
 
 def unb64(text: str) -> bytes:
@@ -644,9 +644,7 @@ def test_a_public_key_is_no_secret() -> None:
 @pytest.mark.parametrize("pinned", ["RS256", "PS256", "ES256", "EdDSA"])
 def test_only_the_pinned_algorithm_counts(pinned: str) -> None:
     """One key set, one algorithm pinned: what another key of the set signed is refused."""
-    keys = set_keys({"keys": [RSA.jwk(alg=None), EC.jwk(), ED.jwk()]}, PUBLIC)
-    issuer = Issuer(rules=rules(KEYED), algorithms=frozenset({pinned}), keys=keys)
-    proving = TokenVerifier([(issuer, KnownKeys(keys))], lambda: NOW)
+    proving = verifier(frozenset({pinned}))
 
     for signer in (RSA, PSS, EC, ED):
         if signer.algorithm == pinned:
@@ -654,3 +652,39 @@ def test_only_the_pinned_algorithm_counts(pinned: str) -> None:
         else:
             with pytest.raises(CredentialInvalid):
                 prove(signer.sign(GOOD), proving)
+
+
+RS_AND_PS: Final = frozenset({"RS256", "PS256"})
+
+
+@pytest.mark.parametrize(
+    ("algorithms", "own", "used"),
+    [
+        (PUBLIC, None, "RS256"),
+        (RS_AND_PS, None, "RS256"),
+        (RS_AND_PS, "RS256", "RS256"),
+        (RS_AND_PS, "PS256", "PS256"),
+        (PUBLIC - {"RS256"}, None, "PS256"),
+        (PUBLIC - {"RS256"}, "PS256", "PS256"),
+        (PUBLIC - {"PS256"}, None, "RS256"),
+    ],
+)
+def test_each_key_is_used_with_exactly_one_algorithm(algorithms: frozenset[str], own: str | None, used: str) -> None:
+    """An RSA key proves signatures of one kind: its own `alg`'s, or the one that the issuer's setting leaves.
+
+    As a JSON Web Key and, where it cannot say its own, as PEM (RFC 8725 §3.1).
+    """
+    keys = [set_keys({"keys": [RSA.jwk(alg=own)]}, algorithms)]
+    if own is None:
+        keys.append(pem_keys(RSA.pem().decode(), algorithms))
+
+    for known in keys:
+        issuer = Issuer(rules=rules(KEYED), algorithms=algorithms, keys=known)
+        proving = TokenVerifier([(issuer, KnownKeys(known))], lambda: NOW)
+        for signer in (RSA, PSS):
+            if signer.algorithm == used:
+                assert prove(signer.sign(GOOD), proving).subject == "alice"
+            else:
+                with pytest.raises(CredentialInvalid):
+                    prove(signer.sign(GOOD), proving)
+        assert [key.algorithm for key in known] == [used]

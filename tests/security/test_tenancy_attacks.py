@@ -52,7 +52,13 @@ def client_of(proxy: Proxy, **credential: str) -> httpx.Client:
 
 
 PRODUCTION = {"MODE": "production", "ORIGINS": "https://app.test"}
-SIDECARS = {"sqlite": {}, "memory": {}, "postgres": {}, "postgres in production": PRODUCTION}
+SIDECARS = {
+    "sqlite": {},
+    "memory": {},
+    "memory in production": PRODUCTION,
+    "postgres": {},
+    "postgres in production": PRODUCTION,
+}
 
 
 @pytest.fixture(scope="module", params=SIDECARS)

@@ -1,5 +1,6 @@
 """What the audit log remembers, and what it never shows."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -63,6 +64,26 @@ def test_an_address_in_use_stays_known(written: io.StringIO) -> None:
     told = [json.loads(line)["address"] for line in written.getvalue().splitlines()]
 
     assert (told.count("192.0.2.1"), len(told)) == (1, 1002)
+
+
+def test_who_may_not_act_for_another_is_told_once_a_minute(written: io.StringIO) -> None:
+    """However often one caller tries; another caller, another address and the next minute are lines of their own."""
+    log, bob = Audit(), dataclasses.replace(ALICE, name="bob", namespace="jwt:0::bob", key_id="")
+    tries = [(ALICE, "192.0.2.1", 0.0), (ALICE, "192.0.2.1", 59.9), (bob, "192.0.2.1", 1.0), (ALICE, "192.0.2.2", 1.0)]
+    for principal, address, at in [*tries * 50, (ALICE, "192.0.2.1", 60.0)]:
+        record = Record(b"id-1", at, address)
+        log.note_delegation_refusal(principal, record, reason="scope")
+
+    told = [json.loads(line) for line in written.getvalue().splitlines()]
+
+    assert [(line["name"], line["address"]) for line in told] == [
+        ("alice", "192.0.2.1"),
+        ("bob", "192.0.2.1"),
+        ("alice", "192.0.2.2"),
+        ("alice", "192.0.2.1"),
+    ]
+    assert [line.get("key_id") for line in told] == ["A" * 12, None, "A" * 12, "A" * 12]
+    assert {line["event"] for line in told} == {"delegation.refused"}
 
 
 def test_no_control_character_is_written(written: io.StringIO) -> None:

@@ -1,5 +1,7 @@
 """Acting for another user: who may, what may be named, and that no two namespaces are ever one."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,6 +66,37 @@ def test_a_name_is_one_printable_text(values: list[bytes]) -> None:
         act_for_named(SERVICE, named(*values))
 
     assert refused.value.status == 400
+
+
+def service(subject: str, namespace: str, tenant: str = "acme", issuer: str = "https://idp.test") -> Principal:
+    """Prove a service's token, with leave to act for users, under a namespace setting."""
+    rules = ClaimRules(namespace="tenant" if namespace == "tenant" else "principal")
+    told = {"iss": issuer, "sub": subject, "tenant": tenant, "exp": 100, "scope": "agent:impersonate"}
+    return accept_claims(told, rules, 0).principal
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "shared"),
+    [
+        (service("svc1", "principal"), service("svc2", "principal"), False),
+        (service("svc1", "principal"), service("svc1", "principal", "globex"), True),
+        (service("svc1", "tenant"), service("svc2", "tenant"), True),
+        (service("svc1", "tenant"), service("svc2", "tenant", "globex"), False),
+        (service("svc1", "tenant"), service("svc2", "tenant", issuer="https://other.test"), False),
+        (service("svc1", "tenant"), service("svc1", "principal"), False),
+        (SERVICE, replace(SERVICE, namespace="key:OTHER"), False),
+    ],
+)
+def test_a_user_is_shared_by_the_services_of_one_tenant_alone(one: Principal, other: Principal, shared: bool) -> None:
+    """Where a tenant owns the threads, its services act for the same users; everywhere else each has its own.
+
+    The quota is each service's own in any case, and the tenant's own threads are no user's.
+    """
+    first, second = (act_for_named(each, named(b"alice")) for each in (one, other))
+
+    assert (first.namespace == second.namespace) is shared
+    assert (first.partition == second.partition) is (one.partition == other.partition)
+    assert first.namespace not in {one.namespace, other.namespace}
 
 
 def principals() -> st.SearchStrategy[Principal]:

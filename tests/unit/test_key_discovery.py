@@ -1,10 +1,10 @@
-"""Where a provider's own description may send us for its keys."""
+"""Where a provider's own description may send us for its keys, and how long what came from there lasts."""
 
 import pytest
 
 from proxy.claims import ClaimRules
 from proxy.issuers import Issuer
-from proxy.jwks import Document, FetchRules, RemoteKeys
+from proxy.jwks import Document, DocumentError, FetchRules, RemoteKeys
 from proxy.outages import KeysUnavailable
 from proxy.publickeys import PUBLIC
 from tests.support.jose import make_signer
@@ -46,3 +46,42 @@ async def test_a_stranger_does_not_send_us_to_this_machine(issuer: str, describe
         with pytest.raises(KeysUnavailable):
             await keys.find(signer.id, "ES256")
     assert asked == [issuer + DESCRIPTION, described][: 1 + found]
+
+
+def clocked(rules: FetchRules, now: list[float]) -> tuple[RemoteKeys, list[bool]]:
+    """Make the keys of a provider whose next answers are given in a list: good or not, then good for ever."""
+    signer = make_signer("EdDSA")
+    answers: list[bool] = []
+
+    async def fetch(_: str) -> Document:
+        if answers and not answers.pop(0):
+            raise DocumentError("down")
+        return Document({"keys": [signer.jwk()]}, None)
+
+    issuer = Issuer(rules=ClaimRules(issuer="https://idp.test"), algorithms=PUBLIC, url="https://idp.test/jwks")
+    return RemoteKeys(issuer, fetch, rules=rules, clock=lambda: now[0]), answers
+
+
+@pytest.mark.parametrize("step", [1, 7, 59, 60, 61, 500])
+async def test_a_healthy_provider_is_never_unavailable(step: float) -> None:
+    """However seldom somebody asks, and though keys end in the moment in which they are due, there are keys."""
+    now = [0.0]
+    keys, _ = clocked(FetchRules(fresh=60, stale=60, cooldown=60), now)
+
+    for _ in range(200):
+        assert len(await keys.find("k1", "EdDSA")) == 1
+        now[0] += step
+
+
+async def test_keys_that_ended_are_waited_for() -> None:
+    """When the last set counts no more, whoever comes waits for a fetch, although the last one failed."""
+    now = [0.0]
+    keys, answers = clocked(FetchRules(fresh=60, stale=100, cooldown=10), now)
+    await keys.find("k1", "EdDSA")
+    answers += [False]
+    now[0] = 70
+    assert len(await keys.find("k1", "EdDSA")) == 1
+
+    now[0] = 101
+
+    assert len(await keys.find("k1", "EdDSA")) == 1

@@ -1,10 +1,13 @@
 """Revoked tokens and subjects: what a line says, and when a changed file counts."""
 
 import errno
+import json
 import os
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from proxy.revocations import POLL_SECONDS, RevocationFile, RevocationList, parse_revocations, read_revocations
 
@@ -58,6 +61,38 @@ def test_a_line_that_says_something_else_is_a_fault(line: str) -> None:
     """Its number is told, so that it can be found."""
     with pytest.raises(ValueError, match=r"^line 2: "):
         parse_revocations(f"# first\n{line}\n")
+
+
+def said(text: str) -> object:
+    """Give what a text says, or that it is faulty."""
+    try:
+        return parse_revocations(text)
+    except ValueError:
+        return "faulty"
+
+
+WORDS = st.text(st.sampled_from('a\\"u0041 \x00\x1f\x7f\u00e9\ud83d😀{},:'), max_size=6) | st.sampled_from(
+    ["a" * 255, "a" * 256]
+)
+
+
+@given(
+    members=st.lists(st.tuples(st.sampled_from(["jti", "subject", "issuer", "x"]), WORDS), min_size=1, max_size=3),
+    colon=st.sampled_from([": ", ":", ":  "]),
+    comma=st.sampled_from([", ", ",", " ,"]),
+    raw=st.booleans(),
+)
+@example(members=[("jti", "\u00e9")], colon=": ", comma=",", raw=False)
+@example(members=[("subject", "a\\u0041")], colon=": ", comma=",", raw=True)
+@example(members=[("subject", "a"), ("issuer", "\u00e9")], colon=": ", comma=",", raw=False)
+def test_the_usual_spelling_means_what_every_other_does(
+    members: list[tuple[str, str]], colon: str, comma: str, *, raw: bool
+) -> None:
+    """Usual lines have a short way: with a space before it, which goes the long way, a line says the same."""
+    spelled = [(name, f'"{word}"' if raw else json.dumps(word)) for name, word in members]
+    line = "{" + comma.join(f'"{name}"{colon}{value}' for name, value in spelled) + "}"
+
+    assert said(line) == said(f" {line}")
 
 
 def test_a_changed_file_counts_at_the_next_look(tmp_path: Path) -> None:

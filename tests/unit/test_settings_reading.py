@@ -242,6 +242,10 @@ def test_every_bad_value_is_named_at_once() -> None:
         ({"PROXY_THREAD_SECRET": JWT}, "must differ"),
         ({"PROXY_THREAD_SECRET": AGENT}, "must differ"),
         ({"PROXY_LIMITS": "policies = []", "PROXY_RATE_LIMIT": "1/day"}, "PROXY_LIMITS is instead of PROXY_RATE_LIMIT"),
+        ({"PROXY_JWKS_STALE_SECONDS": "60"}, "STALE_SECONDS must be at least PROXY_JWKS_REFRESH_SECONDS (600)"),
+        ({"PROXY_JWKS_REFRESH_SECONDS": "5"}, "COOLDOWN_SECONDS must be at most PROXY_JWKS_REFRESH_SECONDS (5)"),
+        ({"PROXY_JWKS_COOLDOWN_SECONDS": "601"}, "(600), or that one at least 601"),
+        ({"PROXY_JWKS_REFRESH_SECONDS": "300", "PROXY_JWKS_STALE_SECONDS": "200"}, "(300), or that one at most 200"),
     ],
 )
 def test_what_does_not_go_together_is_named(bad: dict[str, str], sentence: str) -> None:
@@ -258,6 +262,28 @@ def test_what_does_not_go_together_is_named_beside_bad_values() -> None:
 
     assert [problem for problem in problems if problem.startswith("PROXY_PORT")]
     assert [problem for problem in problems if "nobody could call" in problem]
+
+
+def test_every_fault_of_fetching_is_named_at_once() -> None:
+    """Two contradictions are two sentences; what a setting that is no number contradicts is not known."""
+    fetching = {
+        "PROXY_JWKS_REFRESH_SECONDS": "50",
+        "PROXY_JWKS_STALE_SECONDS": "40",
+        "PROXY_JWKS_COOLDOWN_SECONDS": "60",
+    }
+
+    told = problems_of(LEAST | fetching | {"PROXY_PORT": "http"})
+    unknown = problems_of(LEAST | fetching | {"PROXY_JWKS_REFRESH_SECONDS": "soon"})
+
+    assert [problem.partition(":")[0] for problem in told] == ["PROXY_PORT", "settings", "settings"]
+    assert [problem.partition(":")[0] for problem in unknown] == ["PROXY_JWKS_REFRESH_SECONDS"]
+
+
+def test_settings_of_fetching_may_be_alike() -> None:
+    """Keys may end when they are due, and a fetch may be due when the pause is over."""
+    same = {f"PROXY_JWKS_{name}_SECONDS": "60" for name in ("REFRESH", "STALE", "COOLDOWN")}
+
+    assert load(LEAST | same).jwks_stale_seconds == 60
 
 
 def test_nothing_at_all_names_the_one_requirement() -> None:

@@ -36,7 +36,7 @@ of which `notices` tell every proxy.
 `exposition` serves them, for several workers from one `board`. `telemetry` begins what `telemetrysettings` ask for.
 `livecheck` asks everything that this proxy depends on how it is.
 `settings`, `tokensettings`, `limitsettings`, `flowsettings`, `exchangesettings` and `overloadsettings`, which
-`environment` reads and `reload` reads again, `app` (with FastAPI's `application`), `openapi` (and its `docspage`),
-`server` (with `protocol`, its `outbox`, `signals` and `partings`, and `workers` where there are several), `cli`,
-`limitcommands` and `dev` build the house and open the door.
+`environment` reads and `reload` reads again, `app` (with FastAPI's `application`, and what serves no request in the
+`background`), `openapi` (and its `docspage`), `server` (with `protocol`, its `outbox`, `signals` and `partings`, and
+`workers` where there are several), `cli`, `limitcommands` and `dev` build the house and open the door.
 """

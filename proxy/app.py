@@ -6,10 +6,9 @@ Only wiring; decides nothing, and does no work at import.
 import hmac
 import os
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.middleware.asyncexitstack import AsyncExitStackMiddleware
@@ -20,6 +19,7 @@ from proxy.admission import Limits, limits_of
 from proxy.application import Proxy, show_page
 from proxy.audit import Audit
 from proxy.authentication import Authentication, Authenticator
+from proxy.background import background
 from proxy.duplex import Duplex, DuplexRules
 from proxy.failures import Failures
 from proxy.filing import Filing
@@ -34,7 +34,7 @@ from proxy.publickeys import KeySource, KnownKeys
 from proxy.relay import Relay
 from proxy.revocations import RevocationFile
 from proxy.routes import BodyRules, CanonicalPaths, Live, Phases, Ready, health_routes, routes
-from proxy.runs import Runs
+from proxy.runs import STOPS_AT_ONCE, Runs
 from proxy.settings import Settings
 from proxy.telemetry import Telemetry, connection_readings, limit_readings
 from proxy.tenancy import RunRules, tag_of
@@ -44,9 +44,6 @@ from proxy.upstream import Pool
 
 if TYPE_CHECKING:
     from proxy.keystore import SqlKeyStore
-
-_LAST_STOPS_SECONDS: Final = 2.0
-"""How long an ending process tells the sidecar of runs that nobody will hear."""
 
 
 def create_app(
@@ -58,6 +55,8 @@ def create_app(
     telemetry: Telemetry | None = None,
 ) -> FastAPI:
     """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead.
+
+    Runs are stopped on connections of their own, whatever `upstream` is.
 
     `telemetry` watches it, where somebody wants to see more than the access line.
     """
@@ -77,7 +76,7 @@ def create_app(
     overload = Overload(settings.thresholds())
     secret = thread_secret(settings)
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
-    runs = Runs(upstream, settings.flow_rules(), overload.note_end)
+    runs = Runs(_pool_of_stops(settings), settings.flow_rules(), overload.note_end)
     relay = Relay(upstream, runs, settings.flow_rules())
     operations = routes(_phases(settings, limits, relay, clock, overload))
     ready = Ready(lifecycle, lacks=lambda: _lack(settings, keys) or limits.lack)
@@ -104,7 +103,7 @@ def create_app(
     app.state.note_refusal = observability.note_refusal
     if telemetry.metrics is not None:
         telemetry.metrics.sources.append(lambda: _readings(lifecycle, keys, upstream, limits))
-    app.state.background = lambda: _background(settings, keys, store, limits, overload, runs, telemetry)
+    app.state.background = lambda: background(settings, lifecycle, keys, store, limits, overload, runs, telemetry)
     app.state.limits, app.state.keys = limits, keys
     return app
 
@@ -117,29 +116,6 @@ def _readings(lifecycle: Lifecycle, keys: KeyCache, upstream: Upstream, limits: 
     yield from limit_readings(limits)
 
 
-@asynccontextmanager
-async def _background(
-    settings: Settings,
-    keys: KeyCache,
-    store: "SqlKeyStore | None",
-    limits: Limits,
-    overload: Overload,
-    runs: Runs,
-    telemetry: Telemetry,
-) -> AsyncGenerator[None]:
-    """Run what serves no request: the server enters this before it listens, and leaves it last."""
-    listening = _listening(settings, keys) if store is not None else nullcontext()
-    try:
-        async with telemetry.watching(), overload.watching(), keys.watching(), listening, limits.watching():
-            try:
-                yield
-            finally:  # before the limits end, which are told what the last runs used and held
-                await runs.close(_LAST_STOPS_SECONDS)
-    finally:
-        if store is not None:
-            await store.close()
-
-
 def _store(settings: Settings) -> "SqlKeyStore | None":
     """Make the store of keys, where there is one."""
     if settings.database_url is None:
@@ -147,15 +123,6 @@ def _store(settings: Settings) -> "SqlKeyStore | None":
     from proxy.keystore import SqlKeyStore  # noqa: PLC0415  what is not asked for is not imported: it is 50 MiB
 
     return SqlKeyStore(settings.database_url.get_secret_value())
-
-
-def _listening(settings: Settings, keys: KeyCache) -> AbstractAsyncContextManager[None]:
-    """Hear of changed keys at once where there is Redis to hear it from."""
-    if settings.redis_url is None:
-        return nullcontext()
-    from proxy.notices import Notices  # noqa: PLC0415  as in `_store`
-
-    return Notices(settings.redis_url.get_secret_value(), prefix=settings.redis_prefix).listening(keys.look_again)
 
 
 def _lack(settings: Settings, keys: KeyCache) -> str:
@@ -240,6 +207,11 @@ def make_pool(settings: Settings) -> Pool:
         most_idle=settings.pool_idle_connections,
         idle_seconds=settings.pool_idle_seconds,
     )
+
+
+def _pool_of_stops(settings: Settings) -> Pool:
+    """Make those on which runs are stopped: beside the others, and closed when they are answered."""
+    return Pool(settings.agent_url, most=STOPS_AT_ONCE, most_idle=0, idle_seconds=settings.pool_idle_seconds)
 
 
 def _verifier(settings: Settings, clock: Callable[[], float]) -> TokenVerifier | None:

@@ -29,6 +29,8 @@ GOING_AWAY: Final = 1001
 IDLE: Final = "idle"
 """The reason of a close for silence."""
 _NORMAL: Final = 1000
+_NO_CODE: Final = 1005
+"""Stands for a close that had none, and is never on the wire itself (RFC 6455 §7.4.1)."""
 _OVER_UPSTREAM: Final = frozenset({End.UPSTREAM_CUT, End.UPSTREAM_MALFORMED})
 """Ends after which nothing goes on at the sidecar."""
 MOST_TURNS: Final = 16
@@ -141,11 +143,11 @@ class Conversation:
         while True:
             message = await self.receive()
             if message["type"] == "websocket.disconnect":
-                code, reason = message.get("code", GOING_AWAY), message.get("reason") or ""
-                self._goodbye = Close(code if is_sendable(code) else GOING_AWAY, reason)
-                if "reason" in message:  # it said so
-                    return self._goodbye
-                raise ClientLeft
+                if "reason" not in message:  # it went without a word
+                    raise ClientLeft
+                code = message["code"]
+                self._goodbye = Close(code if _can_be_told(code) else GOING_AWAY, message["reason"] or "")
+                return self._goodbye
             if message["type"] == DRAIN:
                 self._draining = True
                 if not self._turns:
@@ -216,12 +218,12 @@ class Conversation:
                 raise UpstreamMalformed(reason=f"closed {error.sent.code}") from error
             raise UpstreamCut(reason="end of file") from error
         code = error.rcvd.code
-        return Close(code if is_sendable(code) else _NORMAL, error.rcvd.reason)
+        return Close(code if _can_be_told(code) else _NORMAL, error.rcvd.reason)
 
     async def _part(self) -> None:
         """Say goodbye to the sidecar, if nobody has; it does not wait for an answer longer than a second."""
         with contextlib.suppress(ConnectionClosed, OSError):
-            await self.upstream.close(self._goodbye.code, self._goodbye.reason)
+            await self.upstream.close(code_of(self._goodbye), self._goodbye.reason)  # type: ignore[arg-type]  # without a code, as its protocol can
 
 
 def _sum_of(one: Usage, other: Usage) -> Usage:
@@ -233,6 +235,11 @@ def _sum_of(one: Usage, other: Usage) -> Usage:
     )
 
 
-def is_sendable(code: int) -> bool:
-    """Say whether a close code may be written into a frame (RFC 6455 §7.4, and the registry that it opens)."""
-    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999  # noqa: PLR2004  the RFC's own ranges
+def code_of(close: Close) -> int | None:
+    """Give the code that is to be written into a close, if any."""
+    return close.code if close.code != _NO_CODE else None
+
+
+def _can_be_told(code: int) -> bool:
+    """Say whether a code may be written into a close, or stands for none (RFC 6455 §7.4, and the registry it opens)."""
+    return 1000 <= code <= 1003 or code == _NO_CODE or 1007 <= code <= 1014 or 3000 <= code <= 4999  # noqa: PLR2004  the RFC's own ranges

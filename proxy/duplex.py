@@ -19,7 +19,7 @@ from websockets.uri import parse_uri
 
 from proxy.admission import Limits
 from proxy.authorization import Permit, authorize
-from proxy.conversation import GOING_AWAY, IDLE, Conversation, Turn
+from proxy.conversation import GOING_AWAY, IDLE, Conversation, Turn, code_of
 from proxy.credentials import BEARER_SUBPROTOCOL
 from proxy.ends import End
 from proxy.errors import ClientLeft, ClientProblem, CredentialInvalid, Problem, UpgradeRequired
@@ -217,7 +217,7 @@ async def _close(send: Send, close: Close) -> None:
     # Gone already, or it does not read, which is not waited for.
     with contextlib.suppress(OSError, RuntimeError, TimeoutError):
         async with asyncio.timeout(_LAST_WORDS_SECONDS):
-            await send({"type": "websocket.close", "code": close.code, "reason": close.reason})
+            await send({"type": "websocket.close", "code": code_of(close), "reason": close.reason})
 
 
 def _code_of(problem: Problem) -> int:

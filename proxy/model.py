@@ -3,6 +3,7 @@
 Nothing here decides, acts or imports a library; every other room may import this one.
 """
 
+import math
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -173,12 +174,22 @@ DRAIN: Final = "agentflow_proxy.drain"
 """The type of the message, in a WebSocket's ASGI channel, that says the process is to end."""
 
 
+LAST_SECONDS: Final = 2.4
+"""For a process to take in who had connected and to tell what it must, beside the grace; then it is gone in 0.6 s."""
+
+
 @dataclass(slots=True)
 class Lifecycle:
     """Whether this process wants new work (`ready`), and whether it refuses it (`draining`)."""
 
     ready: bool = True
     draining: bool = False
+    ends_at: float = math.inf
+    """When nothing is waited for any more, by the event loop's clock."""
+
+    def left(self, now: float) -> float:
+        """Give the seconds that the end may still take; all its parts have only these."""
+        return min(LAST_SECONDS, max(0.0, self.ends_at - now))
 
 
 class UpstreamRequest(NamedTuple):

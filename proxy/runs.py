@@ -15,7 +15,10 @@ from proxy.negotiation import Wish
 from proxy.usage import UsageReader
 
 log: Final = logging.getLogger("agentflow_proxy.runs")
+STOPS_AT_ONCE: Final = 256
+"""Requests to stop a run that are under way; the others wait for one of these to end."""
 _STOP_SECONDS: Final = 30.0
+"""For one to be answered, its waiting included."""
 _CHARGED_EACH_BYTES: Final = 8192
 
 
@@ -75,11 +78,16 @@ class Run:
 
 
 class Runs:
-    """Runs that go on, whoever still listens to them. `note_end` is told when one has ended that was kept."""
+    """Runs that go on, whoever still listens to them. `note_end` is told when one has ended that was kept.
 
-    def __init__(self, upstream: Upstream, rules: FlowRules, note_end: Callable[[], None] = lambda: None) -> None:
+    `stops` is where the sidecar is asked to stop them, `STOPS_AT_ONCE` at most at a time. It shares no connection with
+    the runs: when they have taken all there are, stopping one is what makes room.
+    """
+
+    def __init__(self, stops: Upstream, rules: FlowRules, note_end: Callable[[], None] = lambda: None) -> None:
         self._note_end = note_end
-        self._upstream = upstream
+        self._stops = stops
+        self._stop_places = asyncio.Semaphore(STOPS_AT_ONCE)
         self._rules = rules
         self._by_thread: dict[str, list[Run]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -159,11 +167,11 @@ class Runs:
             self._note_end()
 
     async def _stop(self, run: Run) -> None:
-        status, reason = 0, ""
+        status, reason = 0, "shutdown"  # of which it hears by being cancelled
+        deadlines = Deadlines(_STOP_SECONDS, _STOP_SECONDS, _STOP_SECONDS, _STOP_SECONDS)
         try:
-            async with asyncio.timeout(_STOP_SECONDS):
-                deadlines = Deadlines(_STOP_SECONDS, _STOP_SECONDS, _STOP_SECONDS, _STOP_SECONDS)
-                exchange = await self._upstream.start(run.stop(), deadlines)
+            async with asyncio.timeout(_STOP_SECONDS), self._stop_places:
+                exchange = await self._stops.start(run.stop(), deadlines)
                 try:
                     await exchange.head()
                     status = exchange.status
@@ -171,7 +179,9 @@ class Runs:
                         await exchange.read()
                 finally:
                     exchange.abandon()
+            reason = "answered"
         except (Problem, TimeoutError) as error:
-            reason = error.reason if isinstance(error, Problem) else "timeout"
-        fields = {"request_id": run.record.request_id.decode(), "status": status, "reason": reason}
-        log.info("run.stop_sent", extra={"fields": fields})
+            reason = error.reason or error.code if isinstance(error, Problem) else "timeout"
+        finally:
+            fields = {"request_id": run.record.request_id.decode(), "status": status, "reason": reason}
+            log.info("run.stop_sent", extra={"fields": fields})

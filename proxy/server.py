@@ -7,14 +7,11 @@ import asyncio
 import gc
 import importlib
 import logging
-import os
 import signal
 import socket
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from functools import partial
-from io import TextIOWrapper
-from logging.handlers import WatchedFileHandler
 from pathlib import Path
 from typing import Final, override
 
@@ -24,7 +21,7 @@ from proxy import audit
 from proxy.app import create_app, make_pool
 from proxy.environment import SettingsError
 from proxy.logs import BackgroundHandler, JsonFormatter, set_level
-from proxy.model import Lifecycle
+from proxy.model import LAST_SECONDS, Lifecycle
 from proxy.outages import KeyStoreDown
 from proxy.partings import Leaving
 from proxy.protocol import Conversation, OneAtATime
@@ -38,25 +35,9 @@ _LINGER_TICKS: Final = 300
 """A client may take the rest of an ended answer for 30 to 60 s; uvicorn ticks ten times a second."""
 KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
-SETTLE_SECONDS: Final = 0.25, 2.0
+SETTLE_SECONDS: Final = 0.25, 1.0
 """For requests that were on their way when the port closed to arrive: at least, and at most for one that does not."""
 MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
-
-
-class AuditFile(WatchedFileHandler):
-    """A file for its owner alone, also the one that is begun where the last was moved away."""
-
-    @override
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError:  # no new file can be begun: that is no reason to answer nobody
-            self.handleError(record)
-
-    @override
-    def _open(self) -> TextIOWrapper:
-        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        return super()._open()
 
 
 def configure_audit(path: Path | None, *, background: bool = False) -> None:
@@ -69,7 +50,7 @@ def configure_audit(path: Path | None, *, background: bool = False) -> None:
     if path is None:
         return
     try:
-        handler = AuditFile(path, encoding="ascii")
+        handler = audit.AuditFile(path, encoding="ascii")
     except OSError as error:
         raise SettingsError([f"PROXY_AUDIT_FILE: {path} cannot be written: {error.strerror}"]) from error
     handler.setFormatter(JsonFormatter())
@@ -133,6 +114,7 @@ class Server(uvicorn.Server):
         self._lifecycle.ready = False
         loop = asyncio.get_running_loop()
         if self.force_exit:
+            self._lifecycle.ends_at = loop.time() + LAST_SECONDS
             self._stop()
         else:
             self.config.encoded_headers.append((b"connection", b"close"))
@@ -143,6 +125,7 @@ class Server(uvicorn.Server):
     def _close(self) -> None:
         """Close the port, once everybody who has already connected is let in: the system would reset them."""
         loop = asyncio.get_running_loop()
+        self._lifecycle.ends_at = loop.time() + (self.config.timeout_graceful_shutdown or 0) + LAST_SECONDS
         for listener in self._listeners:
             listener.setblocking(False)
             with suppress(OSError):  # nobody waits, or it is closed already

@@ -91,7 +91,9 @@ class Settings(LimitSettings, FlowSettings, ExchangeSettings, OverloadSettings, 
     idle_timeout_seconds: Annotated[Seconds, Field(description="between a run's bytes")] = 660
     total_timeout_seconds: Annotated[Seconds, Field(description="for a whole run")] = 3600
     query_timeout_seconds: Annotated[Seconds, Field(description="for every answer that is not a run")] = 30
-    pool_connections: Annotated[int, Field(ge=1, le=65_536, description="most upstream connections")] = 4096
+    pool_connections: Annotated[
+        int, Field(ge=1, le=65_536, description="most upstream connections, beside 256 to stop runs")
+    ] = 4096
     pool_idle_connections: Annotated[int, Field(ge=0, le=65_536, description="most kept alive while idle")] = 64
     pool_idle_seconds: Annotated[
         Seconds, Field(description="idle connections are closed after this; less than the sidecar's 2 to 5 s")

@@ -5,11 +5,11 @@ Only wiring; the libraries of what is not asked for are not even imported.
 
 import asyncio
 import socket
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sized
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sized
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from proxy.board import PUBLISH_SECONDS, Board, Place
 from proxy.logs import lines_dropped
@@ -20,9 +20,6 @@ from proxy.settings import Settings
 if TYPE_CHECKING:
     from proxy.exposition import MetricsServer
     from proxy.traces import Tracer
-
-STOP_SECONDS: Final = 3.0
-"""The longest that the last traces may take to be sent at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +65,14 @@ class Telemetry:
         return [watcher for watcher in (self.metrics, self.tracer) if watcher is not None]
 
     @asynccontextmanager
-    async def watching(self) -> AsyncGenerator[None]:
-        """Serve the metrics and send the traces, as long as the context lasts."""
+    async def watching(self, left: Callable[[], float]) -> AsyncGenerator[None]:
+        """Serve the metrics and send the traces, as long as the context lasts.
+
+        At its end `left` gives the seconds in which the last traces must be sent.
+        """
         async with AsyncExitStack() as stack:
-            if self.tracer is not None:
-                stack.push_async_callback(asyncio.to_thread, self.tracer.close, STOP_SECONDS)
+            if (tracer := self.tracer) is not None:
+                stack.push_async_callback(lambda: asyncio.to_thread(tracer.close, left()))
             if self.metrics is not None:
                 await stack.enter_async_context(self.metrics.sampling())
             if self.place is not None:

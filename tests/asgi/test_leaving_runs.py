@@ -12,9 +12,9 @@ from proxy.ends import End
 from proxy.errors import BudgetSpentMidway, ClientLeft
 from proxy.model import Deadlines, FlowRules, UpstreamRequest
 from proxy.negotiation import Wish
-from proxy.outages import RunDeadline, UpstreamCut
+from proxy.outages import PoolExhausted, RunDeadline, UpstreamCut, UpstreamProblem
 from proxy.relay import Relay
-from proxy.runs import Run, Runs
+from proxy.runs import STOPS_AT_ONCE, Run, Runs
 from tests.support.asgi import RULES, STOP, Client, FakeExchange, FakeLease, FakeUpstream, end_of, run_of
 from tests.support.events import parse_events
 
@@ -243,6 +243,64 @@ async def test_what_is_kept_is_given_up_at_the_end_of_the_process() -> None:
     assert course.lease.released
     assert course.stops == 1
     assert course.runs.pending == 0
+
+
+class Stops(FakeUpstream):
+    """Answers what stops a run when it is told to; counts how much of it is under way."""
+
+    def __init__(self) -> None:
+        super().__init__(FakeExchange([]))
+        self.go, self.under_way, self.most = asyncio.Event(), 0, 0
+
+    async def start(self, request: UpstreamRequest, deadlines: Deadlines) -> FakeExchange:
+        self.requests.append(request)
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+
+        async def answered() -> None:
+            await self.go.wait()
+            self.under_way -= 1
+
+        return FakeExchange([b"{}"], headers=JSON, before=answered)
+
+
+async def test_a_crowd_that_leaves_has_every_run_stopped_some_at_a_time() -> None:
+    """Those for which there is no place yet are not dropped."""
+    stops = Stops()
+    runs = Runs(stops, RULES)
+    for _ in range(STOPS_AT_ONCE + 20):
+        runs.stop(run_of())
+    for _ in range(10):
+        await pause()
+    first = len(stops.requests)
+    stops.go.set()
+    while runs.pending:
+        await pause()
+
+    assert (first, stops.most, len(stops.requests)) == (STOPS_AT_ONCE, STOPS_AT_ONCE, STOPS_AT_ONCE + 20)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "told"),
+    [
+        (FakeExchange([b"{}"], headers=JSON), (200, "answered")),
+        (PoolExhausted(), (0, "overloaded")),
+        (UpstreamProblem(reason="ConnectionRefusedError"), (0, "ConnectionRefusedError")),
+        (FakeExchange([UpstreamCut(reason="end of file")]), (200, "end of file")),
+        (FakeExchange([asyncio.Event().wait]), (200, "shutdown")),
+    ],
+)
+async def test_what_became_of_asking_is_told(
+    exchange: FakeExchange | Exception, told: tuple[int, str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The line has the sidecar's status, if there was one, and always a reason; also where the process ended first."""
+    runs = Runs(FakeUpstream(exchange), RULES)
+    with caplog.at_level("INFO", "agentflow_proxy.runs"):
+        runs.stop(run_of())
+        await runs.close(0.02)
+    (fields,) = [record.__dict__["fields"] for record in caplog.records if record.message == "run.stop_sent"]
+
+    assert (fields["status"], fields["reason"]) == told
 
 
 @pytest.mark.parametrize("wish", [Wish.AS_IT_IS, Wish.EVENTS])

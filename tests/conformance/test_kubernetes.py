@@ -10,12 +10,12 @@ import crossplane  # type: ignore[import-untyped]
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 
+from agent_service.serve import SETTLE_SECONDS
 from agent_service.settings import read_settings
 from proxy.authentication import PUBLIC
 from proxy.environment import load
 from proxy.families import FAMILIES, PREFIX
 from proxy.operations import OPERATIONS
-from proxy.server import SETTLE_SECONDS
 from tests.support.kustomize import KUBERNETES, Manifest, find, render
 from tests.support.nginx import CONFIG
 
@@ -133,7 +133,7 @@ def test_pods_are_given_the_time_their_drain_takes(manifests: list[Manifest]) ->
     slept = container["lifecycle"]["preStop"]["sleep"]["seconds"]
     waited = float(data["PROXY_DRAIN_DELAY_SECONDS"])
 
-    assert proxy["terminationGracePeriodSeconds"] > waited + SETTLE_SECONDS[1] + float(data["PROXY_GRACE_SECONDS"])
+    assert proxy["terminationGracePeriodSeconds"] > waited + float(data["PROXY_GRACE_SECONDS"]) + 3
     assert agent["terminationGracePeriodSeconds"] > slept + SETTLE_SECONDS[1] + grace
     assert grace >= float(data["PROXY_GRACE_SECONDS"])
     (probed,) = proxy["containers"]

@@ -6,6 +6,7 @@ Nothing waits by sleeping for readiness: what must happen within a time is polle
 import asyncio
 import json
 import secrets
+import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -236,6 +237,20 @@ async def test_a_store_that_hangs_is_down_too(operator: Operator, postgres: Post
 
     assert refused == 503
     assert set(load.statuses) == {200}
+
+
+async def test_a_store_that_hangs_holds_no_process_up_at_its_end(operator: Operator, postgres: Postgres) -> None:
+    """An idle connection says goodbye to the server, which would be waited for without end."""
+    async with proxies(1, operator) as (proxy,):
+        refused = await status_of(proxy, make_key(secrets.choice))
+        postgres.pause()
+        try:
+            proxy.process.send_signal(signal.SIGTERM)
+            status = await asyncio.to_thread(proxy.process.wait, 15)
+        finally:
+            postgres.resume()
+
+    assert (refused, status) == (401, 0)
 
 
 async def test_guessing_does_not_load_the_database(operator: Operator, postgres: Postgres) -> None:

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from proxy.credentials import parse_key
 from tests.support.callers import ask
+from tests.support.events import parse_events
+from tests.support.front import EVENTS, RUN, client_of, proxy_before
 from tests.support.principals import Principals
 from tests.support.proxy import Proxy, start_proxy, stop_proxy
-from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, chunk, raw_upstream
+from tests.support.raw_upstream import CHUNKED_HEAD, LAST_CHUNK, Line, answer, chunk, raw_upstream
 from tests.support.redis import Redis, running_redis
 
 SECRET = "the secret of the agent behind, 32+"
@@ -141,6 +144,47 @@ async def streams(
 def without_secret(environment: dict[str, str]) -> dict[str, str]:
     """Leave out what `start_proxy` gives by itself."""
     return {name: value for name, value in environment.items() if name != "PROXY_AGENT_SECRET"}
+
+
+async def test_a_stream_ends_where_its_budget_does(redis: Redis, tmp_path: Path) -> None:
+    """The sidecar would write for ever: it is hung up on and told to stop, and the caller hears why, as he listens."""
+    principals, limits, stopped = Principals(), tmp_path / "limits.toml", list[str]()
+    limits.write_text(LIMITS)
+
+    async def talk(line: Line) -> None:
+        request = await line.request()
+        if b"/v1/graph/stop" in request:
+            stopped.append(json.loads(request.partition(b"\r\n\r\n")[2])["thread_id"])
+            await line.write(answer(b"{}"))
+            return
+        await line.write(CHUNKED_HEAD)
+        while True:  # until nobody takes it any more
+            await line.write(chunk(DELTA))
+            await asyncio.sleep(0)
+
+    settings = {"PROXY_REDIS_URL": redis.url, "PROXY_LIMITS_FILE": str(limits), "PROXY_REDIS_TIMEOUT_SECONDS": "5"}
+    async with proxy_before(talk, tmp_path, principals, **settings) as (proxy, _):
+        as_lines, as_events = (
+            client_of(proxy, principals),
+            client_of(proxy, principals, **EVENTS, Authorization=f"Bearer {principals.token('bob')}"),
+        )
+        async with as_lines, as_events, asyncio.timeout(DEADLINE):
+            cut = b""
+            with pytest.raises(httpx.RemoteProtocolError):
+                async with as_lines.stream("POST", "/agent/stream", json=RUN) as response:
+                    async for part in response.aiter_raw():
+                        cut += part
+            events = parse_events((await as_events.post("/agent/stream", json=RUN)).content)
+            while len(stopped) < 2:
+                await asyncio.sleep(0.01)
+            while len(lines := [line for line in proxy.log_lines() if line.get("end") == "budget_spent"]) < 2:
+                await asyncio.sleep(0.01)
+
+    assert cut.startswith(DELTA)
+    assert (events[0].name, events[-1].name) == ("message", "stopped")
+    assert json.loads(events[-1].data)["end"] == "budget_spent"
+    assert [(line["status"], line["code"]) for line in lines] == [(200, "budget_spent")] * 2
+    assert len(set(stopped)) == 2
 
 
 async def test_a_keys_own_rate_is_what_it_gets(redis: Redis, tmp_path: Path) -> None:

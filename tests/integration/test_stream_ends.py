@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +148,30 @@ async def test_a_sidecar_that_does_not_answer_is_a_504(tmp_path: Path, principal
 
         assert response.status_code == 504
         assert response.json()["code"] == "upstream_deadline"
+
+
+async def test_a_sidecar_that_accepts_nobody_is_a_504_in_either_form(tmp_path: Path, principals: Principals) -> None:
+    """Its queue is full, so that the system leaves whoever knocks waiting: connecting has a deadline of its own."""
+    with socket.socket() as listener, socket.socket() as first:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        first.connect(listener.getsockname())  # all that there is room for
+        url = "http://{}:{}".format(*listener.getsockname())
+        hasty = {"PROXY_CONNECT_TIMEOUT_SECONDS": "0.1", **principals.environment()}
+        proxy = await asyncio.to_thread(start_proxy, tmp_path, url, SECRET, **hasty)
+        try:
+            async with client_of(proxy, principals) as client:
+                answers = [
+                    await client.post("/agent/invoke", json=RUN),
+                    await client.post("/agent/stream", json=RUN),
+                    await client.post("/agent/stream", json=RUN, headers=EVENTS),
+                ]
+            lines = [await ended(proxy, "stream", end="connect_deadline"), await ended(proxy, "invoke")]
+        finally:
+            await asyncio.to_thread(stop_proxy, proxy.process)
+
+    assert [(each.status_code, each.json()["code"]) for each in answers] == [(504, "upstream_deadline")] * 3
+    assert [(line["end"], line["fault"]) for line in lines] == [("connect_deadline", "upstream")] * 2
 
 
 async def test_a_dirty_answer_never_reaches_another_caller(tmp_path: Path, principals: Principals) -> None:
@@ -395,3 +420,44 @@ async def test_a_client_that_leaves_has_its_run_stopped(tmp_path: Path, principa
     assert json.loads(first.partition(b"\r\n\r\n")[2])["config"]["thread_id"] == thread_id
     assert identity(first) == identity(stop)
     assert line["end"] == "client_left"
+
+
+async def test_runs_that_have_every_connection_are_stopped_when_their_clients_leave(
+    tmp_path: Path, principals: Principals
+) -> None:
+    """Kept until they end, they leave no connection to stop them on; meanwhile whoever asks is told `overloaded`."""
+    stopped: set[str] = set()
+    begun = 0
+
+    async def talk(line: Line) -> None:
+        nonlocal begun
+        request = await line.request()
+        if b"/v1/graph/stop" in request:
+            stopped.add(json.loads(request.partition(b"\r\n\r\n")[2])["thread_id"].partition("~")[2])
+            await line.write(answer(b"{}"))
+        else:
+            begun += 1
+        await line.gone()
+
+    environment = {"PROXY_POOL_CONNECTIONS": "2", "PROXY_RATE_LIMIT": "off"}
+    async with (
+        proxy_before(talk, tmp_path, principals, **environment) as (proxy, _),
+        client_of(proxy, principals) as client,
+        asyncio.timeout(20),
+    ):
+        leaving = [asyncio.ensure_future(client.post("/agent/invoke", json=RUN | {"thread_id": name})) for name in "ab"]
+        while begun < len(leaving):
+            await asyncio.sleep(0.01)
+        for each in leaving:
+            each.cancel()
+        while stopped != {"a", "b"}:
+            await asyncio.sleep(0.01)
+        response = await client.post("/agent/invoke", json=RUN)
+        line = await ended(proxy, "invoke", end="unavailable")
+        while len(told := [each for each in proxy.log_lines() if each["event"] == "run.stop_sent"]) < len(leaving):
+            await asyncio.sleep(0.01)
+
+    assert [(each["status"], each["reason"]) for each in told] == [(200, "answered")] * 2
+    assert (response.status_code, response.json()["code"]) == (503, "overloaded")
+    assert response.headers["retry-after"] == "1"
+    assert (line["status"], line["code"], line["fault"]) == (503, "overloaded", "proxy")

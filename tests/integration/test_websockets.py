@@ -306,9 +306,12 @@ async def test_text_and_bytes_go_up_and_down_as_they_are(tmp_path: Path) -> None
     assert (text, data) == ("x" * 3_000_000, b"\x00\xff")
 
 
-@pytest.mark.parametrize(("code", "reason"), [(1000, ""), (1008, "not here"), (4321, "bye"), (1011, "failed")])
+@pytest.mark.parametrize(
+    ("code", "reason"), [(1000, ""), (1005, ""), (1008, "not here"), (4321, "bye"), (1011, "failed")]
+)
 async def test_close_codes_cross_both_ways(tmp_path: Path, code: int, reason: str) -> None:
-    """Each end sees the code and the reason that the other gave."""
+    """Each end sees the code and the reason that the other gave; 1005 stands for a close without (RFC 6455 §7.1.5)."""
+    written: Any = code if code != 1005 else None
     seen: list[tuple[int | None, str | None]] = []
     heard = asyncio.Event()
 
@@ -318,7 +321,7 @@ async def test_close_codes_cross_both_ways(tmp_path: Path, code: int, reason: st
         await connection.send(DONE)
         with contextlib.suppress(ConnectionClosed):
             await connection.recv()
-            await connection.close(code, reason)
+            await connection.close(written, reason)
         seen.append((connection.close_code, connection.close_reason))
         heard.set()
 
@@ -332,7 +335,7 @@ async def test_close_codes_cross_both_ways(tmp_path: Path, code: int, reason: st
             heard.clear()
             await client.send(HELLO)
             await client.recv()
-            await client.close(code, reason)
+            await client.close(written, reason)
             await asyncio.wait_for(heard.wait(), 10)
         line = await asyncio.to_thread(proxy.line_of, operation="ws", status=101)
 

@@ -3,7 +3,8 @@
 1.  `observability`   gives it an id and a Record; whatever goes wrong further in becomes an answer here.
 2.  `authentication`  reads its credential (`credentials`) and proves it, by key (`keycache`) or token (`tokens`);
                       without a principal nothing else runs, and no byte of the body has been read. What is
-                      refused, and where keys are used from, goes into the `audit`; `failures` are counted per address.
+                      refused, and where keys are used from, goes into the `audit` (to its `auditfile`); `failures` are
+                      counted per address.
                       A token is taken apart (`jose`), its signature proven with its issuer's keys (`issuers`,
                       `publickeys`, `jwks`), its claims held to the issuer's rules (`claims`), and whether it was
                       revoked is asked (`revocations`). Then `delegation` says for whom the principal acts.

@@ -74,7 +74,7 @@ def create_app(
         redirect_slashes=False,
     )
     overload = Overload(settings.thresholds())
-    secret = thread_secret(settings)
+    secret = settings.secret_of_tags()
     limits = limits_of(settings, partition_of=lambda name: tag_of(name, secret), clock=clock)
     runs = Runs(_pool_of_stops(settings), settings.flow_rules(), overload.note_end)
     relay = Relay(upstream, runs, settings.flow_rules())
@@ -138,7 +138,7 @@ def _phases(settings: Settings, limits: Limits, relay: Relay, clock: Callable[[]
         audience=settings.agent_audience,
         clock=clock,
     )
-    secret = thread_secret(settings)
+    secret = settings.secret_of_tags()
     file_secret = hmac.digest(secret, b"agentflow-proxy/file-handle", "sha256")
     filing = Filing(relay, _uploads(settings), identity, file_secret, settings.query_deadlines())
     run_rules = RunRules(
@@ -238,10 +238,3 @@ def _fetched_keys(settings: Settings) -> Callable[[Issuer], KeySource]:
         stale=settings.jwks_stale_seconds,
     )
     return partial(RemoteKeys, fetch=Fetcher(rules.timeout), rules=rules)
-
-
-def thread_secret(settings: Settings) -> bytes:
-    """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
-    if settings.thread_secret is not None:
-        return settings.thread_secret.get_secret_value().encode()
-    return hmac.digest(settings.agent_secret.get_secret_value().encode(), b"agentflow-proxy/thread-tag", "sha256")

@@ -4,11 +4,8 @@ Writes JSON lines to a logger of its own; never a credential, and of its text no
 """
 
 import logging
-import os
 from collections import OrderedDict
-from io import TextIOWrapper
-from logging.handlers import WatchedFileHandler
-from typing import Final, override
+from typing import Final
 
 from proxy.failures import address_partition
 from proxy.model import CredentialKind, Principal, Record
@@ -59,22 +56,6 @@ class Audit:
         self._addresses[pair] = None
         if len(self._addresses) > self._most:
             self._addresses.popitem(last=False)
-
-
-class AuditFile(WatchedFileHandler):
-    """A file for its owner alone, also the one that is begun where the last was moved away."""
-
-    @override
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError:  # no new file can be begun: that is no reason to answer nobody
-            self.handleError(record)
-
-    @override
-    def _open(self) -> TextIOWrapper:
-        os.close(os.open(self.baseFilename, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-        return super()._open()
 
 
 def write(event: str, **fields: str | int | list[str] | None) -> None:

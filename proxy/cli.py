@@ -25,7 +25,6 @@ from proxy.keys import entry_text, parse_keys
 from proxy.logs import configure_logging, log_plainly
 from proxy.operations import IMPERSONATE, OPERATIONS, SCOPES, USUAL_SCOPES, Kind, Operation
 from proxy.policies import Per, Quota, Unit
-from proxy.server import build, import_early, listen, require_schema
 from proxy.settings import Settings
 from proxy.telemetry import Share, listen_for_metrics
 from proxy.tokens import issue_token
@@ -59,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def serve(options: argparse.Namespace) -> int:
     """Serve from the environment alone, until SIGTERM."""
+    from proxy.server import listen  # noqa: PLC0415  what serves is half of all there is: other commands start without it
+
     settings = load(os.environ)
     try:
         listener = listen(settings.host, settings.port)
@@ -73,6 +74,8 @@ def serve(options: argparse.Namespace) -> int:
 
 def _supervise(settings: Settings, listener: socket.socket) -> int:
     """Serve with several workers, whose metrics are one."""
+    from proxy.server import import_early  # noqa: PLC0415  as above
+
     try:
         counted = listen_for_metrics(settings) if settings.metrics_port is not None else None
     except OSError as error:
@@ -93,6 +96,8 @@ def _serve(
     started: Callable[[], None] | None = None,
     share: Share | None = None,
 ) -> int:
+    from proxy.server import build  # noqa: PLC0415  as above
+
     handler = configure_logging(settings.log_level, sys.stdout, settings.log_format)  # here: no thread survives a fork
     try:
         server = build(settings, started=started, environment=os.environ, share=share)
@@ -122,6 +127,8 @@ def check(options: argparse.Namespace) -> int:
 
         return _tell(asyncio.run(examine(settings)), as_json=options.json)
     if settings.database_url is not None:
+        from proxy.server import require_schema  # noqa: PLC0415  as above
+
         require_schema(settings.database_url.get_secret_value())
     return 0
 

@@ -18,14 +18,14 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from proxy import audit
+from proxy.auditfile import configure_audit
 from proxy.credentials import KeyParts, make_key, parse_key
 from proxy.environment import SettingsError, load_key_settings
 from proxy.keys import parse_import, read_entry
 from proxy.logs import JsonFormatter
 from proxy.operations import IMPERSONATE, USUAL_SCOPES
 from proxy.outages import KeyStoreDown
-from proxy.server import MIGRATE_FIRST, configure_audit
-from proxy.settings import KeySettings
+from proxy.settings import MIGRATE_FIRST, KeySettings
 from proxy.storedkeys import KeyRefusedError, StoredKey
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from proxy.admission import Limits, shared_tier
-from proxy.app import thread_secret
 from proxy.environment import SettingsError, load
 from proxy.localtier import LocalTier
 from proxy.operations import OPERATIONS
@@ -96,7 +95,7 @@ def _on_redis[Result](
 ) -> Result:
     """Do something with every quota of the principal, whatever it calls. Raises SettingsError."""
     settings = load(os.environ)
-    secret = thread_secret(settings)
+    secret = settings.secret_of_tags()
     policies = settings.policies()
 
     async def run() -> Result:

@@ -12,21 +12,20 @@ import socket
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Final, override
 
 import uvicorn
 
-from proxy import audit
 from proxy.app import create_app, make_pool
+from proxy.auditfile import configure_audit
 from proxy.environment import SettingsError
-from proxy.logs import BackgroundHandler, JsonFormatter, set_level
+from proxy.logs import set_level
 from proxy.model import LAST_SECONDS, Lifecycle
 from proxy.outages import KeyStoreDown
 from proxy.partings import Leaving
 from proxy.protocol import Conversation, OneAtATime
 from proxy.reload import Reload
-from proxy.settings import Settings
+from proxy.settings import MIGRATE_FIRST, Settings
 from proxy.telemetry import Share, begin_telemetry
 from proxy.upstream import Pool
 
@@ -37,25 +36,6 @@ KEEP_ALIVE_SECONDS: Final = 75
 """Longer than nginx keeps its idle connections to us, so that it never writes into one we just closed."""
 SETTLE_SECONDS: Final = 0.25, 1.0
 """For requests that were on their way when the port closed to arrive: at least, and at most for one that does not."""
-MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
-
-
-def configure_audit(path: Path | None, *, background: bool = False) -> None:
-    """Send the audit log to the file `path`, or where every line goes. Raises SettingsError.
-
-    In the `background` nobody waits until it is written. It is written whatever the level is. The file may be moved
-    away at any time; a new one is begun.
-    """
-    audit.log.setLevel(logging.INFO)
-    if path is None:
-        return
-    try:
-        handler = audit.AuditFile(path, encoding="ascii")
-    except OSError as error:
-        raise SettingsError([f"PROXY_AUDIT_FILE: {path} cannot be written: {error.strerror}"]) from error
-    handler.setFormatter(JsonFormatter())
-    audit.log.handlers = [BackgroundHandler(handler) if background else handler]
-    audit.log.propagate = False
 
 
 class Server(uvicorn.Server):

@@ -1,5 +1,6 @@
 """What an operator can set, with each setting's default and what is wrong with a value; `environment` reads them."""
 
+import hmac
 import re
 from pathlib import Path
 from typing import Annotated, Final, Literal
@@ -27,6 +28,7 @@ from proxy.telemetrysettings import TelemetrySettings
 from proxy.tokensettings import Seconds, TokenSettings
 
 DATABASE_FORMS: Final = "sqlite+aiosqlite:///<file> or postgresql+asyncpg://<user>@<host>/<database>"
+MIGRATE_FIRST: Final = "PROXY_DATABASE_URL: the schema is not this version's; run: agentflow-proxy migrate"
 _DATABASE: Final = re.compile(r"sqlite\+aiosqlite:///[^:?].*|postgresql\+asyncpg://.+")
 
 
@@ -131,6 +133,12 @@ class Settings(LimitSettings, FlowSettings, ExchangeSettings, OverloadSettings, 
         """Give the deadlines of everything else."""
         limit = self.query_timeout_seconds
         return Deadlines(min(self.connect_timeout_seconds, limit), limit, limit, limit)
+
+    def secret_of_tags(self) -> bytes:
+        """Give the key of the thread tags: its own, or one derived from the agent secret (HMAC, own label)."""
+        if self.thread_secret is not None:
+            return self.thread_secret.get_secret_value().encode()
+        return hmac.digest(self.agent_secret.get_secret_value().encode(), b"agentflow-proxy/thread-tag", "sha256")
 
 
 class KeySettings(BaseModel):

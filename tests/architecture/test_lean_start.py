@@ -47,3 +47,13 @@ def test_what_settings_ask_for_is_imported_before_it_is_served_from() -> None:
     expected = {"redis", "prometheus_client", "opentelemetry.sdk", "opentelemetry.exporter"}
 
     assert expected <= UNASKED & modules(**asked)
+
+
+def test_commands_start_without_what_serves() -> None:
+    """Whoever makes a key waits for none of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, proxy.cli; print(*sys.modules)"],
+        env={"PATH": os.defpath}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+    assert not {"fastapi", "uvicorn", "websockets", "proxy.server"} & set(done.stdout.split())

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from proxy import audit
+from proxy.auditfile import configure_audit
 from proxy.logs import BackgroundHandler, lines_dropped
-from proxy.server import configure_audit
 
 
 @pytest.fixture

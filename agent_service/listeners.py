@@ -7,6 +7,7 @@ import fcntl
 import os
 import socket
 import stat
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,15 +46,16 @@ def bind_at(host: str, port: int) -> socket.socket:
     return bound
 
 
-def listen_on(path: Path) -> UnixListener:
+def listen_on(path: Path, *, patience: float = 10) -> UnixListener:
     """Listen on the Unix socket `path`, in the place of one that a server which is gone has left. Raises OSError.
 
     At once, unlike at a port: no balancer is before it, and what is only bound could not be told from what is deserted.
-    uvicorn's own `--uds` lets everybody on the machine connect (mode 0666).
+    uvicorn's own `--uds` lets everybody on the machine connect (mode 0666). Others that start there have so many seconds
+    of `patience` to take their places: whoever may read the directory could hold it for ever.
     """
     listener = UnixListener(socket.AF_UNIX)
     try:
-        with _alone_in(path.parent):
+        with _alone_in(path.parent, patience):
             _remove_deserted(path)
             mask = os.umask(_NOBODY_ELSE)  # not chmod afterwards: whoever connects in between stays connected
             try:
@@ -77,14 +79,24 @@ def address_of(listener: socket.socket) -> str:
 
 
 @contextmanager
-def _alone_in(directory: Path) -> Generator[None]:
+def _alone_in(directory: Path, patience: float) -> Generator[None]:
     """Keep out others that start there: what one has bound, and not yet listens on, looks deserted to another."""
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor, deadline = os.open(directory, os.O_RDONLY), time.monotonic() + patience
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while not _is_locked(descriptor):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"{directory} is locked by another process, see /proc/locks")
+            time.sleep(0.01)
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_locked(descriptor: int) -> bool:
+    with suppress(BlockingIOError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def _file_at(path: Path) -> tuple[int, int]:

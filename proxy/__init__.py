@@ -38,6 +38,6 @@ of which `notices` tell every proxy.
 `livecheck` asks everything that this proxy depends on how it is.
 `settings`, `tokensettings`, `limitsettings`, `flowsettings`, `exchangesettings` and `overloadsettings`, which
 `environment` reads and `reload` reads again, `app` (with FastAPI's `application`, and what serves no request in the
-`background`), `openapi` (and its `docspage`), `server` (with `protocol`, its `outbox`, `signals` and `partings`, and
-`workers` where there are several), `cli`, `limitcommands` and `dev` build the house and open the door.
+`background`, by `tasks`), `openapi` (and its `docspage`), `server` (with `protocol`, its `outbox`, `signals` and
+`partings`, and `workers` where there are several), `cli`, `limitcommands` and `dev` build the house and open the door.
 """

@@ -15,11 +15,12 @@ MOST_ADDRESSES: Final = 10_000
 
 
 class Audit:
-    """The events of one serving process. Which addresses a key came from is remembered for so many pairs."""
+    """The events of one serving process. Where a key came from, and who was told of lately, is remembered of so many."""
 
     def __init__(self, most: int = MOST_ADDRESSES) -> None:
         self._most = most
         self._addresses: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._told: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def note_use(self, principal: Principal, record: Record) -> None:
         """Tell when this process sees a key used from an address, or a network of IPv6, for the first time."""
@@ -27,7 +28,7 @@ class Audit:
         if pair in self._addresses:
             self._addresses.move_to_end(pair)
             return
-        self._remember(pair)
+        self._remember(self._addresses, pair)
         write("key.used_from_new_address", key_id=principal.key_id, name=principal.name, **_where(record))
 
     def note_refusal(self, kind: CredentialKind, record: Record, *, reason: str, key_id: str = "") -> None:
@@ -46,16 +47,16 @@ class Audit:
         He is proven, so that no failures run out which would bound the lines.
         """
         pair = (f"{int(record.started // 60)} {principal.namespace}", address_partition(record.address))
-        if pair in self._addresses:
+        if pair in self._told:
             return
-        self._remember(pair)
+        self._remember(self._told, pair)
         named = {"key_id": principal.key_id} if principal.key_id else {}
         write("delegation.refused", reason=reason, name=principal.name, **named, **_where(record))
 
-    def _remember(self, pair: tuple[str, str]) -> None:
-        self._addresses[pair] = None
-        if len(self._addresses) > self._most:
-            self._addresses.popitem(last=False)
+    def _remember(self, pairs: OrderedDict[tuple[str, str], None], pair: tuple[str, str]) -> None:
+        pairs[pair] = None
+        if len(pairs) > self._most:
+            pairs.popitem(last=False)
 
 
 def write(event: str, **fields: str | int | list[str] | None) -> None:

@@ -14,6 +14,7 @@ from typing import Final
 from proxy.keylookup import Lookups
 from proxy.outages import KeyStoreDown
 from proxy.storedkeys import KeyStore, StoredKey
+from proxy.tasks import end
 
 log: Final = logging.getLogger("agentflow_proxy.keys")
 POLL_SECONDS: Final = 1.5
@@ -132,10 +133,7 @@ class KeyCache:
         try:
             yield
         finally:
-            for task in (watch, notes, *self._lookups.tasks()):
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+            await end(watch, notes, *self._lookups.tasks())
             await self._write_uses()
 
     async def _watch(self) -> None:

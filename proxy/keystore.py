@@ -175,6 +175,10 @@ async def _put(connection: AsyncConnection, keys: Sequence[StoredKey]) -> dict[s
 
     Gives and raises what `SqlKeyStore.add` does.
     """
+    digests: dict[str, str] = {}
+    for key in keys:
+        if digests.setdefault(key.id, key.digest) != key.digest:
+            raise KeyRefusedError(f"{key.name}: the id {key.id} belongs to another key")
     known, holders = await _known(connection, keys)
     # In the order in which uses are noted: in two orders each could wait for what the other has locked.
     rows = {key.id: _row_of(key) for key in sorted(keys, key=lambda key: key.id)}
@@ -253,6 +257,7 @@ async def _open_file(path: str, patience: float) -> aiosqlite.Connection:
     with suppress(OSError):  # which SQLite will tell in its own words
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = aiosqlite.connect(path, timeout=patience)
+    connection._thread.daemon = True  # noqa: SLF001  as below; a process whose end is cut short does not wait for it
     try:
         return await connection
     except BaseException:

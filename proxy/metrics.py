@@ -6,7 +6,7 @@ Knows nothing of HTTP or Prometheus; a request costs it a few additions (docs/ad
 import asyncio
 from bisect import bisect_left
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from proxy.ends import End
@@ -14,6 +14,7 @@ from proxy.errors import Problem
 from proxy.families import FAMILIES
 from proxy.model import Headers, Record, Usage
 from proxy.operations import OPERATIONS, STREAM, Kind
+from proxy.tasks import beside
 
 type Snapshot = dict[str, list[tuple[tuple[str, ...], list[float]]]]
 """For each family its rows: the labels' values, and one number, or a histogram's buckets and sum."""
@@ -149,13 +150,8 @@ class Metrics:
     @asynccontextmanager
     async def sampling(self) -> AsyncGenerator[None]:
         """Measure how late the event loop is, as long as the context lasts."""
-        task = asyncio.create_task(self._sample())
-        try:
+        async with beside(self._sample()):
             yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
 
     async def _sample(self) -> None:
         loop = asyncio.get_running_loop()

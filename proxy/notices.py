@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from proxy.redisclient import CONNECT_SECONDS, FAULTS, connect, reason_of
+from proxy.tasks import beside
 
 log: Final = logging.getLogger("agentflow_proxy.notices")
 PING_SECONDS: Final = 10.0
@@ -39,13 +40,10 @@ class Notices:
     @asynccontextmanager
     async def listening(self, heard: Callable[[], None]) -> AsyncGenerator[None]:
         """Call `heard` for every notice, and whenever one may have been missed, as long as the context lasts."""
-        task = asyncio.create_task(self._listen(heard))
         try:
-            yield
+            async with beside(self._listen(heard)):
+                yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
             await self.close()
 
     async def close(self) -> None:

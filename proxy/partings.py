@@ -8,6 +8,7 @@ import ctypes
 import select
 from contextlib import suppress
 from fcntl import ioctl
+from functools import cache
 from termios import TIOCOUTQ
 from typing import Final
 
@@ -36,16 +37,21 @@ def end_idle(transport: asyncio.Transport) -> None:
     """End a connection unless the next request is here already, not yet read; half a head is none.
 
     nginx sends no run twice: where it has still to notice an ordinary end, and sends the next request there, that costs
-    the caller a 502. A reset it finds before it sends anything, and goes elsewhere. Only who has not yet taken all of
-    the last answer meets an ordinary end: a reset would discard the rest.
+    the caller a 502. A reset it finds before it sends anything, and goes elsewhere. Only whose
+    system has not yet acknowledged all of the last answer meets an ordinary end: a reset would discard the rest.
     """
     descriptor = transport.get_extra_info("socket").fileno()
     if _has_come(descriptor):
         return
     if not transport.get_write_buffer_size() and _is_delivered(descriptor):
         # Now: to close takes the loop another turn, in which a request could come that nobody reads.
-        ctypes.CDLL(None).connect(descriptor, _UNSPECIFIED, len(_UNSPECIFIED))
+        _libc().connect(descriptor, _UNSPECIFIED, len(_UNSPECIFIED))
     transport.close()
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _has_come(descriptor: int) -> bool:

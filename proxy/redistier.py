@@ -19,6 +19,7 @@ from proxy.outstanding import CHARGE_SECONDS, Outstanding
 from proxy.policies import Plan, Policies, Quota, Strategy, Unit
 from proxy.redisclient import Courier, read_script
 from proxy.standings import MICROSECONDS, Standing, standing_at
+from proxy.tasks import beside
 
 log: Final = logging.getLogger("agentflow_proxy.limits")
 FAILURES: Final = 3
@@ -138,13 +139,10 @@ class SharedTier:
     async def watching(self) -> AsyncGenerator[None]:
         """Tell Redis what it must know, as long as the context lasts."""
         await self._tell(try_first=True)
-        task = asyncio.create_task(self._watch())
         try:
-            yield
+            async with beside(self._watch()):
+                yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
             with suppress(RedisDown):
                 await self._outstanding.settle(everything=True)
             await self._courier.close()

@@ -167,7 +167,7 @@ class Runs:
             self._note_end()
 
     async def _stop(self, run: Run) -> None:
-        status, reason = 0, "shutdown"  # of which it hears by being cancelled
+        status, reason = 0, "failed"
         deadlines = Deadlines(_STOP_SECONDS, _STOP_SECONDS, _STOP_SECONDS, _STOP_SECONDS)
         try:
             async with asyncio.timeout(_STOP_SECONDS), self._stop_places:
@@ -182,6 +182,9 @@ class Runs:
             reason = "answered"
         except (Problem, TimeoutError) as error:
             reason = error.reason or error.code if isinstance(error, Problem) else "timeout"
+        except asyncio.CancelledError:
+            reason = "shutdown"
+            raise
         finally:
             fields = {"request_id": run.record.request_id.decode(), "status": status, "reason": reason}
             log.info("run.stop_sent", extra={"fields": fields})

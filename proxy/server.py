@@ -105,7 +105,8 @@ class Server(uvicorn.Server):
     def _close(self) -> None:
         """Close the port, once everybody who has already connected is let in: the system would reset them."""
         loop = asyncio.get_running_loop()
-        self._lifecycle.ends_at = loop.time() + (self.config.timeout_graceful_shutdown or 0) + LAST_SECONDS
+        ends_at = loop.time() + (self.config.timeout_graceful_shutdown or 0) + LAST_SECONDS
+        self._lifecycle.ends_at = min(self._lifecycle.ends_at, ends_at)  # a second signal may have come before
         for listener in self._listeners:
             listener.setblocking(False)
             with suppress(OSError):  # nobody waits, or it is closed already

@@ -6,7 +6,7 @@ Only wiring; the libraries of what is not asked for are not even imported.
 import asyncio
 import socket
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sized
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -16,6 +16,7 @@ from proxy.logs import lines_dropped
 from proxy.metrics import Metrics, Reading
 from proxy.model import Watcher
 from proxy.settings import Settings
+from proxy.tasks import beside
 
 if TYPE_CHECKING:
     from proxy.exposition import MetricsServer
@@ -136,11 +137,8 @@ async def _publishing(place: Place) -> AsyncGenerator[None]:
             place.publish()
             await asyncio.sleep(PUBLISH_SECONDS)
 
-    task = asyncio.create_task(publish())
     try:
-        yield
+        async with beside(publish()):
+            yield
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
         place.publish(leaving=True)

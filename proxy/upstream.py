@@ -215,8 +215,8 @@ class PooledExchange:
             due = (now if answer.waiting else self.active) + self._deadlines.idle
         if now >= due:
             self.fail(UpstreamDeadline(reason="idle" if answer.begun else "first byte"))
-        else:
-            self._timer = self._loop.call_at(due, self._check_deadlines)
+        else:  # by the next look the head may be there, and nothing after it
+            self._timer = self._loop.call_at(min(due, now + self._deadlines.idle), self._check_deadlines)
 
 
 class Pool:

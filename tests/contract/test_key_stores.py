@@ -241,8 +241,9 @@ async def test_names_may_be_exchanged_and_handed_on(database: SqlKeyStore) -> No
         dataclasses.replace(BOB, id="Z" * 12, name="n7"),
         dataclasses.replace(BOB, name="alice"),
         dataclasses.replace(BOB, digest="f" * 64),
+        dataclasses.replace(BOB, id=f"{7:012}", digest="f" * 64, name="n7"),
     ],
-    ids=["a new key", "a name that comes twice", "a renamed key", "another key's id"],
+    ids=["a new key", "a name that comes twice", "a renamed key", "another key's id", "an id that comes twice"],
 )
 async def test_of_many_keys_all_are_written_or_none(database: SqlKeyStore, last: StoredKey) -> None:
     """The last of a thousand is told by its name, and nothing of them is there, not even their number."""

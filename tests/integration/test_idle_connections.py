@@ -147,7 +147,9 @@ def edge(tmp_path: Path) -> Iterator[Edge]:
             edge = Edge(nginx, proxies)
             try:
                 turns: list[list[str]] = []
+                deadline = time.monotonic() + 30
                 while turns[-3:] != [[STAYS], [LEAVES], [STAYS]]:
+                    assert time.monotonic() < deadline, turns
                     edge.send()
                     edge.status()
                     turns.append(edge.asked())

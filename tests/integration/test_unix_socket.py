@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,8 +152,7 @@ def test_one_server_at_a_time_takes_a_place(tmp_path: Path) -> None:
     fcntl.flock(turn, fcntl.LOCK_EX)
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(listen_on, place) for _ in range(2)]
-        inode = f":{tmp_path.stat().st_ino} "
-        while sum("->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()) < 2:
+        while open_at(tmp_path) < 3:
             assert not any(one.done() for one in both)
             time.sleep(0.01)
         existed = place.exists()
@@ -166,3 +166,23 @@ def test_one_server_at_a_time_takes_a_place(tmp_path: Path) -> None:
         client.connect(str(place))
     for listener in listening:
         listener.close()
+
+
+def open_at(directory: Path) -> int:
+    """Count this process's descriptors of a directory."""
+    count = 0
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += descriptor.readlink() == directory
+    return count
+
+
+def test_a_directory_that_somebody_holds_is_told(tmp_path: Path) -> None:
+    """Nobody waits for ever for who may only read it."""
+    turn = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(turn, fcntl.LOCK_SH)
+    with pytest.raises(TimeoutError, match="is locked by another process"):
+        listen_on(tmp_path / "t", patience=0.05)
+    os.close(turn)
+
+    listen_on(tmp_path / "t", patience=0.05).close()

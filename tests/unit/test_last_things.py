@@ -2,8 +2,11 @@
 
 import asyncio
 import math
+import subprocess
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,7 @@ import uvicorn
 from proxy.background import background
 from proxy.model import LAST_SECONDS, Lifecycle
 from proxy.server import SETTLE_SECONDS, Server
+from proxy.tasks import beside, end
 from proxy.telemetry import Telemetry
 
 GRACE = 7
@@ -24,9 +28,8 @@ def test_what_is_left_is_never_more_than_the_end_takes() -> None:
     assert [Lifecycle(ends_at=100.0).left(now) for now in (0.0, 99.0, 100.0, 101.0)] == [LAST_SECONDS, 1.0, 0.0, 0.0]
 
 
-async def test_a_drain_sets_one_end_for_all_that_is_waited_for() -> None:
-    """The grace and what the end takes, from the moment at which the port closes; asked again, no grace."""
-    lifecycle = Lifecycle()
+def draining(lifecycle: Lifecycle) -> Server:
+    """Make a server that listens nowhere."""
     server = Server(
         uvicorn.Config("nothing:app", timeout_graceful_shutdown=GRACE),
         lifecycle=lifecycle,
@@ -35,6 +38,26 @@ async def test_a_drain_sets_one_end_for_all_that_is_waited_for() -> None:
         drain_delay=0,
     )
     server.servers = []
+    return server
+
+
+async def test_a_second_signal_is_not_taken_back_when_the_port_closes() -> None:
+    """It may come while the first one's delay goes on."""
+    lifecycle = Lifecycle()
+    server = draining(lifecycle)
+    server.drain()
+    server.drain()
+    ends_at = lifecycle.ends_at
+    for _ in range(5):  # the port closes in one of these turns
+        await asyncio.sleep(0.001)
+
+    assert lifecycle.ends_at == ends_at < asyncio.get_running_loop().time() + LAST_SECONDS
+
+
+async def test_a_drain_sets_one_end_for_all_that_is_waited_for() -> None:
+    """The grace and what the end takes, from the moment at which the port closes; asked again, no grace."""
+    lifecycle = Lifecycle()
+    server = draining(lifecycle)
     loop = asyncio.get_running_loop()
     began = loop.time()
     server.drain()
@@ -117,3 +140,66 @@ async def test_who_does_not_answer_at_the_end_is_cut_off(fails: bool) -> None:
 
 async def _nothing() -> AsyncGenerator[None]:
     yield
+
+
+async def test_who_waits_for_a_task_to_end_can_be_cut_off_too() -> None:
+    """His own cancellation is not taken for the task's; the task goes on to its end."""
+    goes_on, ended = asyncio.Event(), []
+
+    async def lingering() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await goes_on.wait()
+            ended.append(True)
+
+    task = asyncio.create_task(lingering())
+    await asyncio.sleep(0)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.01):
+            await end(task)
+    goes_on.set()
+    await asyncio.wait({task})
+
+    assert ended == [True]
+
+
+async def test_what_a_task_has_raised_is_raised_where_its_context_ends() -> None:
+    """No work fails unheard."""
+
+    async def fail() -> None:
+        raise LookupError("once")
+
+    with pytest.raises(LookupError, match="once"):
+        async with beside(fail()):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+
+def test_a_database_file_that_is_let_go_half_closed_holds_no_process_up(tmp_path: Path) -> None:
+    """Each connection has a thread of its own, which nobody tells to stop when the end is cut short."""
+    script = f"""
+import asyncio
+import sqlalchemy
+from proxy.keystore import SqlKeyStore
+
+async def main():
+    store = SqlKeyStore("sqlite+aiosqlite:///{tmp_path}/keys.db")
+    async def ask():
+        async with store._engine.begin() as connection:
+            await connection.execute(sqlalchemy.text("SELECT 1"))
+            await asyncio.sleep(0.1)
+    await asyncio.gather(ask(), ask(), ask())
+    try:
+        async with asyncio.timeout(0):
+            await store.close()
+    except TimeoutError:
+        print("cut short", flush=True)
+
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False, timeout=30
+    )
+
+    assert (done.stdout, done.returncode) == ("cut short\n", 0), done.stderr

@@ -50,8 +50,8 @@ def listen_on(path: Path, *, patience: float = 10) -> UnixListener:
     """Listen on the Unix socket `path`, in the place of one that a server which is gone has left. Raises OSError.
 
     At once, unlike at a port: no balancer is before it, and what is only bound could not be told from what is deserted.
-    uvicorn's own `--uds` lets everybody on the machine connect (mode 0666). Others that start there have so many seconds
-    of `patience` to take their places: whoever may read the directory could hold it for ever.
+    uvicorn's own `--uds` lets everybody on the machine connect (mode 0666). Others that start there have `patience`
+    seconds to take their places: whoever may read the directory could hold it for ever.
     """
     listener = UnixListener(socket.AF_UNIX)
     try:

@@ -56,7 +56,7 @@ def create_app(
 ) -> FastAPI:
     """Build the proxy. `upstream`, `lifecycle` and `clock` (Unix seconds) are what a test may give instead.
 
-    Runs are stopped on connections of their own, whatever `upstream` is.
+    Runs are stopped on connections of their own to the setting's sidecar, whatever `upstream` is.
 
     `telemetry` watches it, where somebody wants to see more than the access line.
     """

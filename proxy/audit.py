@@ -15,7 +15,7 @@ MOST_ADDRESSES: Final = 10_000
 
 
 class Audit:
-    """The events of one serving process. Where a key came from, and who was told of lately, is remembered of so many."""
+    """The events of one serving process. Where keys came from, and whom it told of lately, it remembers of so many."""
 
     def __init__(self, most: int = MOST_ADDRESSES) -> None:
         self._most = most

@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
     def drain(self) -> None:
         """Turn unready; after the delay, take no new connection; then stop when what runs is done.
 
-        Until the port is closed everything is served, each answer with `Connection: close`: whoever keeps
+        Until the port is closed everything is served, what comes now with `Connection: close`: whoever keeps
         connections to us learns to go elsewhere, and meets none that is just being closed. Asked again, stop at once.
         """
         self.force_exit = not self._lifecycle.ready

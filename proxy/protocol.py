@@ -132,7 +132,7 @@ class OneAtATime(Leaving, HttpToolsProtocol):
     @override
     def on_headers_complete(self) -> None:
         hosts = [name for name, _ in self.headers].count(b"host")
-        if hosts != 1 and (hosts or self.parser.get_http_version() == "1.1"):  # RFC 9112 §3.2
+        if hosts != 1 and (hosts or self.parser.get_http_version() != "1.0"):  # RFC 9112 §3.2
             raise RefusedError("not one Host")
         self._kept_since = math.inf
         if self.parser.should_upgrade():
@@ -227,10 +227,21 @@ class OneAtATime(Leaving, HttpToolsProtocol):
         if self._note_refusal is not None:
             self._note_refusal(self.client, reason=msg, sent=len(body))
 
+    def announce_close(self) -> None:
+        """Have the answer that is being made say that it is the last, if it has not begun."""
+        if self._is_answering() and not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
     def close_idle(self) -> None:
         """End the connection if it is between two requests."""
         if not self._is_answering():
             end_idle(self.transport)
+
+    @override
+    def shutdown(self) -> None:
+        self.close_idle()
+        if self._is_answering():
+            self.cycle.keep_alive = False
 
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

@@ -87,7 +87,7 @@ class Server(uvicorn.Server):
     def drain(self) -> None:
         """Turn unready; after the delay, take no new connection; then stop when what runs is done.
 
-        Until the port is closed everything is served, what comes now with `Connection: close`: whoever keeps
+        Until the port is closed everything is served, each answer with `Connection: close`: whoever keeps
         connections to us learns to go elsewhere, and meets none that is just being closed. Asked again, stop at once.
         """
         self.force_exit = not self._lifecycle.ready
@@ -97,6 +97,9 @@ class Server(uvicorn.Server):
             self._lifecycle.ends_at = loop.time() + LAST_SECONDS
             self._stop()
         else:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, OneAtATime):
+                    connection.announce_close()
             self.config.encoded_headers.append((b"connection", b"close"))
             self.server_state.default_headers = [*self.server_state.default_headers, (b"connection", b"close")]
             loop.call_later(self._drain_delay, self._close)

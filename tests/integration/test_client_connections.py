@@ -240,6 +240,8 @@ async def test_a_long_path_is_told_in_part(house: House) -> None:
         (b"GET /health/live HTTP/1.1", [b"a", b"b"], b"400"),
         (b"GET /health/live HTTP/1.1", [b"a", b"a"], b"400"),
         (b"GET /health/live HTTP/1.0", [b"a", b"b"], b"400"),
+        (b"GET /health/live HTTP/0.9", [], b"400"),
+        (b"GET /health/live HTTP/2.0", [], b"400"),
         (b"GET /health/live HTTP/1.0", [], b"200"),
         (b"GET /health/live HTTP/1.1", [b""], b"200"),
     ],

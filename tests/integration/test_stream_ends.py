@@ -215,6 +215,29 @@ async def test_sigterm_lets_a_running_stream_finish(tmp_path: Path, principals: 
         assert status == 0
 
 
+async def test_an_answer_that_was_under_way_at_sigterm_is_its_connections_last(
+    tmp_path: Path, principals: Principals
+) -> None:
+    """It says so, though its request came before: whoever kept the connection would send the next one to nobody."""
+    asked, draining = asyncio.Event(), asyncio.Event()
+
+    async def talk(line: Line) -> None:
+        while await line.request():
+            asked.set()
+            await draining.wait()
+            await line.write(answer(b"{}"))
+
+    async with proxy_before(talk, tmp_path, principals) as (proxy, _), client_of(proxy, principals) as client:
+        running = asyncio.create_task(client.post("/agent/invoke", json=RUN))
+        await asked.wait()
+        proxy.process.send_signal(signal.SIGTERM)
+        await until_logged(proxy, "server.draining")
+        draining.set()
+        response = await running
+
+    assert (response.status_code, response.headers.get("connection")) == (200, "close")
+
+
 async def test_sigterm_refuses_nobody_on_a_kept_connection(tmp_path: Path, principals: Principals) -> None:
     """Up to the moment at which idle connections close, whoever asks on one is served."""
 

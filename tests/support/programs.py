@@ -13,4 +13,5 @@ def require(*names: str, package: str) -> str:
             return path
     if os.environ.get("CI") == "true":
         pytest.fail(f"CI has to have {names[0]}: apt-get install {package}")
-    pytest.skip(f"no {names[0]} here: apt-get install {package}")  # only root could; CI has it, or has failed above
+    # Only root can install it, and `make test` needs no root. All else is tested here, and this where CI is.
+    pytest.skip(reason=f"no {names[0]}, which only root can install: apt-get install {package}; CI fails without it")

@@ -40,6 +40,8 @@ def end_idle(transport: asyncio.Transport) -> None:
     the caller a 502. A reset it finds before it sends anything, and goes elsewhere. Only whose
     system has not yet acknowledged all of the last answer meets an ordinary end: a reset would discard the rest.
     """
+    if transport.is_closing():  # perhaps its descriptor is another's by now
+        return
     descriptor = transport.get_extra_info("socket").fileno()
     if _has_come(descriptor):
         return

@@ -76,6 +76,17 @@ async def test_who_still_takes_an_answer_gets_all_of_it() -> None:
         assert await rest_of(client) == MUCH
 
 
+async def test_who_is_parted_from_already_is_not_reset() -> None:
+    """An end that is under way stays the ordinary one that it is."""
+    async with connected() as (transport, client):
+        transport.write(b"answer")
+        transport.close()
+
+        end_idle(transport)
+
+        assert await rest_of(client) == b"answer"
+
+
 async def test_who_has_just_asked_is_not_parted_from() -> None:
     """The request is in the system's buffer only: the loop has not come to read it."""
     async with connected() as (transport, client):

@@ -178,11 +178,8 @@ class Stream:
         self._begun = True
         if self._frames is not None:
             media, resized = EVENTS_TYPE + b"; charset=utf-8", True
-        head = [
-            field
-            for field in downstream_headers(headers, status=status)
-            if not (resized and field[0] == b"content-length") and not (media and field[0] == b"content-type")
-        ]
+        not_so = {b"content-length": resized, b"content-type": bool(media)}
+        head = [field for field in downstream_headers(headers, status=status) if not not_so.get(field[0])]
         if media:
             head.append((b"content-type", media))
         head.append((b"connection", b"close"))
